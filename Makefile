@@ -1,0 +1,68 @@
+# Two commands matter: `make cpt` and `make test`. `make help` lists the rest.
+#   PYTHON=python3.12   the interpreter that creates the environment
+#   VENV=path           the environment to create or use
+#   FRESH=1             make cpt: forget the finished run and the cached base model, start over
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+FRESH ?=
+NB ?=
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+NOTEBOOKS := $(PY) .ci/notebooks.py
+PYTEST := TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra
+
+.NOTPARALLEL:
+.PHONY: help setup cpt test gate test-notebooks test-fast test-slow outputs export readme results docs clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-16s%s\n' "$$name" "$$text"; done
+
+setup: ## create the environment and install into it, pinned
+	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev
+
+cpt: setup ## continued pretraining at scale tiny on the built-in sample: table and curve
+ifneq ($(filter-out 0,$(FRESH)),)
+	rm -rf runs/tiny runs/cache
+endif
+	$(BIN)/biomamba cpt --scale tiny
+
+test: gate test-notebooks test-fast ## every check that a change has to pass, under 15 minutes
+
+gate: setup ## exported modules, README, stored outputs: all belong to the notebooks
+	$(NOTEBOOKS) gate
+
+test-notebooks: setup ## run every cell of the library notebooks
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --file_re "$$($(NOTEBOOKS) library)" --n_workers 2 --do_print
+
+test-fast: setup ## pytest, without the slow tests
+	$(PYTEST) -m "not slow"
+
+test-slow: setup ## pytest, the slow tests
+	$(PYTEST) -m slow
+
+outputs: setup ## execute the notebooks in place and store their outputs; NB="10_cpt index" for some of them
+	$(NOTEBOOKS) outputs $(NB)
+
+export: setup ## write the library's modules from the notebooks
+	$(NOTEBOOKS) export
+
+readme: setup ## write README.md from nbs/index.ipynb
+	$(NOTEBOOKS) readme
+
+results: cpt ## copy the finished run's pictures into figures/
+	$(NOTEBOOKS) figures runs/tiny
+
+docs: ## build the documentation site in _docs/
+	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" docs
+	rm -rf _proc _docs
+	$(PY) -c "from nbdev.serve import proc_nbs; proc_nbs()"
+	cp _quarto.yml _proc/
+	if command -v quarto >/dev/null; then quarto render _proc; else $(BIN)/smalldocs render _proc; fi
+
+clean: ## remove what can be made again, except runs and the environment
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,200 @@
+"Every run notebook runs, takes its parameters, refuses others, and stores the outputs of its own cells."
+import ast
+import io
+import json
+import os
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_MODEL = {
+    "d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 512, "max_tokens": 128,
+    "sequences_per_step": 4, "evaluations": 2, "validation_documents": 5,
+}
+# The smallest parameters of each run notebook; RUN stands for a temporary run folder.
+SMALLEST = {
+    "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "overrides": SMALL_MODEL},
+}
+RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
+        if path.stem != "index" and "#| default_exp" not in path.read_text(encoding="utf-8")]
+IDS = {"ids": lambda path: path.stem}
+
+
+def parameter_cells(nb) -> list[str]:
+    return [cell.source for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+
+
+def parameters(path: Path) -> dict[str, object]:
+    "The parameters of a notebook with their defaults."
+    [source] = parameter_cells(nbformat.read(path, as_version=4))
+    body = ast.parse(source).body
+    assert all(isinstance(node, ast.Assign) and len(node.targets) == 1 for node in body), f"more than assignments:\n{source}"
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in body}
+
+
+def run(path: Path, out: Path, cwd: Path = ROOT, **given):
+    "Execute a notebook with papermill as a user would, from the root."
+    return papermill.execute_notebook(
+        path, out, parameters=given, cwd=cwd, kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=ERROR"]
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    "The tests neither use nor fill the checkout's cache of base models."
+    before = os.environ.get("BIOMAMBA_CACHE")
+    os.environ["BIOMAMBA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("BIOMAMBA_CACHE") if before is None else os.environ.update(BIOMAMBA_CACHE=before)
+
+
+# ---------------------------------------------------------------- parameters
+
+@pytest.mark.parametrize("path", RUNS, **IDS)
+def test_one_tagged_cell_with_a_comment_for_each_parameter(path):
+    cells = parameter_cells(nbformat.read(path, as_version=4))
+    assert len(cells) == 1, f"{path.name} has {len(cells)} cells tagged parameters"
+    comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(cells[0]).readline)
+                if token.type == tokenize.COMMENT and len(token.string.strip("# ")) > 3}
+    bare = [ast.unparse(node) for node in ast.parse(cells[0]).body if not comments & set(range(node.lineno, node.end_lineno + 1))]
+    assert not bare, f"{path.name}: no comment on {bare}"
+    assert parameters(path)
+
+
+def test_every_run_notebook_has_its_smallest_parameters():
+    assert set(SMALLEST) == {path.stem for path in RUNS}
+    for path in RUNS:
+        assert set(SMALLEST[path.stem]) <= set(parameters(path))
+
+
+@pytest.mark.parametrize("path", RUNS, **IDS)
+def test_runs_once_with_its_smallest_parameters(path, tmp_path):
+    given = {name: str(tmp_path / "run") if value == "RUN" else value for name, value in SMALLEST[path.stem].items()}
+    nb = run(path, tmp_path / "out.ipynb", **given)
+    injected = [cell.source for cell in nb.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert len(injected) == 1, "papermill found no cell to put the parameters after"
+    if "steps" in given:
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert results["training"]["steps"] == given["steps"] != parameters(path)["steps"]
+
+
+@pytest.mark.parametrize("path", RUNS, **IDS)
+def test_a_misspelt_parameter_fails(path, tmp_path):
+    with pytest.raises(PapermillExecutionError) as caught:
+        run(path, tmp_path / "out.ipynb", stepps=4)
+    assert caught.value.ename == "UserError"
+    assert "stepps" in caught.value.evalue
+
+
+@pytest.mark.parametrize("path", RUNS, **IDS)
+def test_the_last_line_of_papermill_is_the_sentence(path, tmp_path):
+    command = [sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb"), "-p", "stepps", "4", "-k", "python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("UserError: ") and "stepps" in last
+
+
+# ---------------------------------------------------------------- stored outputs
+
+def test_stored_outputs_belong_to_the_code(notebooks):
+    problems = notebooks.check_problems(ROOT / "nbs")
+    assert not problems, "\n".join(problems)
+
+
+def stored(nb, folder: Path, name: str = "00_copy.ipynb") -> Path:
+    nbformat.write(nb, folder / name)
+    return folder / name
+
+
+@pytest.fixture
+def copy(notebooks):
+    "A small notebook whose stored outputs are its own."
+    code = nbformat.v4.new_code_cell("1 + 1", outputs=[nbformat.v4.new_output("execute_result", {"text/plain": "2"})])
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A copy"), code])
+    nb.metadata[notebooks.HASH_KEY] = notebooks.code_hash(nb)
+    return nb
+
+
+def test_prose_may_change(copy, notebooks, tmp_path):
+    copy.cells[0].source = "# Another title"
+    stored(copy, tmp_path)
+    assert notebooks.check_problems(tmp_path) == []
+
+
+def break_code(nb): nb.cells[1].source = "1 + 2"
+def break_order(nb): nb.cells.insert(1, nbformat.v4.new_code_cell("0"))
+def break_hash(nb): nb.metadata.clear()
+def break_error(nb): nb.cells[1].outputs = [nbformat.v4.new_output("error", ename="E", evalue="e", traceback=["t"])]
+def break_stderr(nb): nb.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text="w")]
+def break_path(nb): nb.cells[1].outputs = [nbformat.v4.new_output("stream", text="wrote " + "/ho" + "me/me/run\n")]
+
+
+@pytest.mark.parametrize("change, says", [
+    (break_code, "other code cells"), (break_order, "other code cells"), (break_hash, "other code cells"),
+    (break_error, "is an error"), (break_stderr, "stderr"), (break_path, "path of the machine"),
+])
+def test_a_broken_copy_is_named(copy, notebooks, tmp_path, change, says):
+    change(copy)
+    stored(copy, tmp_path)
+    [problem] = notebooks.check_problems(tmp_path)
+    assert problem.startswith("00_copy.ipynb") and says in problem
+
+
+def test_outputs_mends_a_broken_copy(copy, notebooks, tmp_path):
+    break_code(copy)
+    path = stored(copy, tmp_path)
+    assert notebooks.outputs(tmp_path, []) == 0
+    assert notebooks.check_problems(tmp_path) == notebooks.clean_problems(tmp_path) == []
+    assert nbformat.read(path, as_version=4).cells[1].outputs[0].data["text/plain"] == "3"
+
+
+def test_outputs_leaves_a_notebook_that_fails(copy, notebooks, tmp_path):
+    copy.cells[1].source = "1 / 0"
+    path = stored(copy, tmp_path)
+    before = path.read_bytes()
+    assert notebooks.outputs(tmp_path, []) == 1
+    assert path.read_bytes() == before
+
+
+def test_tags_and_hash_survive_cleaning(copy, notebooks):
+    copy.cells[1].metadata = {"tags": ["parameters"], "scrolled": True}
+    copy.metadata["language_info"] = {"name": "python"}
+    nb = nbformat.reads(notebooks.cleaned(nbformat.writes(copy)), as_version=4)
+    assert nb.cells[1].metadata == {"tags": ["parameters"]}
+    assert set(nb.metadata) == {notebooks.HASH_KEY}
+
+
+# ---------------------------------------------------------------- README
+
+def test_readme_is_written_from_the_front_page(notebooks, tmp_path):
+    picture = nbformat.v4.new_output("display_data", {"image/png": "aWJt", "text/plain": "<Figure>"})
+    table = nbformat.v4.new_output("execute_result", {"text/html": "<table>", "text/markdown": "|a|", "text/plain": "a"})
+    nb = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_markdown_cell("# T\n[run](10_cpt.ipynb#Plan) ![c](../figures/c.svg) [web](https://a.b/c) [up](#T)"),
+        nbformat.v4.new_code_cell("#| hide\nsecret = 1"),
+        nbformat.v4.new_code_cell("#| echo: false\nshow()", outputs=[table]),
+        nbformat.v4.new_code_cell("plot()", outputs=[picture]),
+    ])
+    text, pictures = notebooks.render_readme(stored(nb, tmp_path, "index.ipynb"))
+    assert "[run](nbs/10_cpt.ipynb#Plan) ![c](figures/c.svg) [web](https://a.b/c) [up](#T)" in text
+    assert "secret" not in text and "show()" not in text and "plot()" in text
+    assert "|a|" in text and "<table>" not in text
+    assert list(pictures) == ["figures/index_2_0.png"] and "](figures/index_2_0.png)" in text
+    assert pictures["figures/index_2_0.png"] == b"ibm"
+
+
+def test_a_stale_readme_is_named(notebooks, tmp_path, monkeypatch):
+    page = {tmp_path / "README.md": "# now\n"}
+    monkeypatch.setattr(notebooks, "readme_files", lambda: page)
+    (tmp_path / "README.md").write_text("# then\n")
+    assert len(notebooks.readme_problems()) == 1
+    notebooks.readme()
+    assert notebooks.readme_problems() == []

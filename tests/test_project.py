@@ -1,0 +1,244 @@
+"The house rules that no single room can check."
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import biomamba
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES, MOST_LINES = 400, 450  # exported lines of a room: a warning, an error
+# Name of a distribution where it is not the name of the module that it installs.
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+# Requirements that no module imports, and why they are needed all the same.
+UNIMPORTED = {"ipykernel": "papermill starts it"}
+
+
+def settings() -> dict[str, str]:
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(nb) -> list[str]:
+    return [cell.source for cell in nb.cells if cell.cell_type == "code"]
+
+
+def default_exp(nb) -> str | None:
+    "The module that a notebook exports."
+    found = [match[1] for source in code(nb) if (match := re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M))]
+    assert len(found) <= 1, found
+    return found[0] if found else None
+
+
+NOTEBOOKS = {path: read(path) for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))}
+ROOMS = {path: module for path, nb in NOTEBOOKS.items() if (module := default_exp(nb))}
+MODULES = list(ROOMS.values())
+RUNS = [path for path in NOTEBOOKS if path not in ROOMS and path.stem != "index"]
+IDS = {"ids": lambda value: value.stem if isinstance(value, Path) else str(value)}
+
+
+def parsed(source: str) -> ast.Module:
+    "A cell without IPython's own lines, as Python."
+    return ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    "Dotted names of everything that is imported, relative ones as biomamba.x."
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["biomamba" if node.level else "", node.module]))
+            inner = [f"{module}.{alias.name}" for alias in node.names] if module == "biomamba" else [module]
+            found |= set(inner)
+    return found
+
+
+def rooms_used(names: set[str]) -> set[str]:
+    "The rooms among imported names."
+    return {name.split(".")[1] for name in names if name.startswith("biomamba.") and name.split(".")[1] in MODULES}
+
+
+def in_a_process(source: str) -> dict:
+    "What a fresh interpreter prints, as JSON."
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# ---------------------------------------------------------------- importing
+
+def test_import_is_light():
+    started = time.perf_counter()
+    loaded = in_a_process("import biomamba, sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))")
+    print(f"a fresh interpreter imports biomamba in {time.perf_counter() - started:.2f} s")
+    assert not {"torch", "transformers", "datasets", "pandas", "matplotlib"} & set(loaded)
+
+
+@pytest.mark.parametrize("module", [m for m in ("paper", "runs", "documents", "sample", "corpus", "plan") if m in MODULES])
+def test_the_first_rooms_are_light(module):
+    loaded = in_a_process(f"import biomamba.{module}, sys, json; print(json.dumps(sorted(sys.modules)))")
+    assert not {"torch", "transformers", "datasets"} & set(loaded)
+
+
+def test_the_standard_library_is_not_shadowed():
+    inside = [path for folder in (ROOT, ROOT / "nbs", ROOT / "tests") for path in folder.iterdir()]
+    importable = {path.stem for path in inside if path.suffix == ".py" or path.is_dir()}
+    assert not importable & set(sys.stdlib_module_names)
+    assert importable & set(MODULES) == set()
+    for module in set(MODULES) & set(sys.stdlib_module_names):
+        source = f"import biomamba.{module}, {module}, json; print(json.dumps({module}.__file__ or ''))"
+        assert str(ROOT) not in in_a_process(source)
+
+
+def test_one_version():
+    version = settings()["version"]
+    assert biomamba.__version__ == version
+    assert importlib.metadata.version("biomamba") == version, "the installed metadata is stale: make setup"
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+# ---------------------------------------------------------------- rooms
+
+def test_every_module_is_a_room():
+    assert len(set(MODULES)) == len(MODULES)
+    assert {path.stem for path in (ROOT / "biomamba").glob("[!_]*.py")} == set(MODULES)
+    for path, module in ROOMS.items():
+        assert re.fullmatch(rf"\d\d[a-z]?_{module}", path.stem), f"{path.name} exports {module}"
+
+
+@pytest.mark.parametrize("path, module", ROOMS.items(), **IDS)
+def test_a_room_imports_only_rooms_above_it(path, module):
+    above = set(MODULES[:MODULES.index(module)])
+    exported = rooms_used(imports(ast.parse((ROOT / "biomamba" / f"{module}.py").read_text())))
+    assert exported <= above, f"{path.name} imports {exported - above}"
+    shown = set().union(*[rooms_used(imports(parsed(source))) for source in code(NOTEBOOKS[path])])
+    assert shown <= above | {module}, f"a cell of {path.name} imports {shown - above - {module}}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_is_small_and_names_what_it_offers(module):
+    text = (ROOT / "biomamba" / f"{module}.py").read_text()
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("# %%")]
+    assert "\n__all__ = [" in text
+    assert len(lines) <= MOST_LINES, f"{module} exports {len(lines)} lines: it is two rooms"
+    if len(lines) > LINES:
+        warnings.warn(f"{module} exports {len(lines)} lines, more than {LINES}")
+
+
+@pytest.mark.parametrize("path", ROOMS, **IDS)
+def test_imports_stand_in_cells_of_their_own(path):
+    kinds = (ast.Import, ast.ImportFrom)
+    bodies = [(source, [isinstance(node, kinds) for node in parsed(source).body]) for source in code(NOTEBOOKS[path])]
+    mixed = [source for source, imported in bodies if any(imported) and not all(imported)]
+    assert not mixed, f"{path.name}: the documentation would run only cells with imports, and these want others:\n" + "\n---\n".join(mixed)
+
+
+@pytest.mark.parametrize("path", RUNS, **IDS)
+def test_a_run_notebook_defines_nothing(path):
+    sources = code(NOTEBOOKS[path])
+    assert not any(re.search(r"^#\|\s*export", source, re.M) for source in sources)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    defined = [node.lineno for source in sources for node in ast.walk(parsed(source)) if isinstance(node, kinds)]
+    assert not defined, f"{path.name} defines functions; they belong in a room"
+
+
+# ---------------------------------------------------------------- what is installed
+
+def requirements(key: str = "requirements") -> set[str]:
+    return {re.split(r"[<>=!~\[;]", item)[0].lower() for item in settings()[key].split()}
+
+
+def outside_imports() -> set[str]:
+    "Distributions that the library and the shipped notebooks import, by name."
+    trees = [ast.parse((ROOT / "biomamba" / f"{module}.py").read_text()) for module in MODULES]
+    trees += [parsed(source) for path in RUNS for source in code(NOTEBOOKS[path])]
+    names = {name.split(".")[0] for tree in trees for name in imports(tree)}
+    names -= set(sys.stdlib_module_names) | {"biomamba"}
+    return {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in names}
+
+
+def test_requirements_are_what_is_imported():
+    optional = requirements("cuda_requirements") | {"triton"}
+    missing = outside_imports() - requirements() - optional
+    assert not missing, f"imported and not in settings.ini: {sorted(missing)}"
+    idle = requirements() - outside_imports() - set(UNIMPORTED)
+    assert not idle, f"in settings.ini and imported nowhere: {sorted(idle)}"
+
+
+def test_the_development_set_is_pinned():
+    lines = [line for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
+    for key in ("requirements", "dev_requirements", "docs_requirements"):
+        assert requirements(key) <= set(pins), f"{key}: {sorted(requirements(key) - set(pins))} have no pin"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_library_and_the_run_notebooks(tmp_path):
+    clone = tmp_path / "clone"
+    for path in published_files():
+        target = clone / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--use-pep517", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(clone)], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    library = {f"biomamba/{path.name}" for path in (ROOT / "biomamba").glob("*.py")}
+    assert held == library | {f"biomamba/notebooks/{path.name}" for path in RUNS}
+
+
+# ---------------------------------------------------------------- what is published
+
+def published_files() -> list[Path]:
+    "Files that git tracks or would track."
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout: nothing says which files are published")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
+
+
+def text_of(path: Path) -> str:
+    "The text of a file; of a picture or another binary file nothing."
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+HOSTS = r"pypi\.org|pythonhosted\.org|npmjs\.(?:org|com)|download\.pytorch\.org|anaconda\.org|crates\.io|deb\.debian\.org"
+OPTIONS = r"--(?:extra-)?index[-]url|--find[-]links"
+PLACES = r"(?<![\w.:/<])/(?:work|root|home|Users|tmp|opt)/\w"
+
+
+@pytest.mark.parametrize("what, pattern", [("a package registry", f"{HOSTS}|{OPTIONS}"), ("a path of one machine", PLACES)])
+def test_no_file_names(what, pattern):
+    found = [f"{path.relative_to(ROOT)}: {match[0]}" for path in published_files() if (match := re.search(pattern, text_of(path)))]
+    assert not found, f"{what} is named in {found}"
+
+
+def test_only_ci_names_the_folder_beside_the_checkout():
+    named = {str(path.relative_to(ROOT)) for path in published_files() if re.search(r"\bshared/", text_of(path))}
+    assert named <= {".ci/run"}
+
+
+def test_every_notebook_is_in_the_sidebar():
+    listed = re.findall(r"[\w-]+\.ipynb", (ROOT / "_quarto.yml").read_text())
+    assert listed == [path.name for path in NOTEBOOKS if path.stem == "index"] + [p.name for p in NOTEBOOKS if p.stem != "index"]
