@@ -61,6 +61,7 @@ docs: ## build the documentation site in _docs/
 	rm -rf _proc _docs
 	$(PY) -c "from nbdev.serve import proc_nbs; proc_nbs()"
 	cp _quarto.yml _proc/
+	if [[ -d figures ]]; then cp -r figures _proc/; sed -i 's#\.\./figures/#figures/#g' _proc/*.ipynb; fi
 	if command -v quarto >/dev/null; then quarto render _proc; else $(BIN)/smalldocs render _proc; fi
 
 clean: ## remove what can be made again, except runs and the environment

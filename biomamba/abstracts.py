@@ -47,7 +47,7 @@ background
   {topic} has been [proposed|put forward|advocated|discussed] as [a marker|a target|a driver|a modifier|an indicator] of {outlooks} in {disease}.
 """
 
-# %% ../nbs/03c_abstracts.ipynb #eef49e3b
+# %% ../nbs/03c_abstracts.ipynb #92a3be5c
 _SETTING = """
 sought
   we [aimed|sought|set out|wished|planned] to [determine|examine|assess|investigate|establish|find out|evaluate|test]
@@ -59,7 +59,7 @@ where
   in {hospitals}[ in {country}|]
   at [{3-48} centers|{2-30} hospitals|{3-60} sites|{4-80} clinics] in {country}
   in {country} between {start} and {stop}
-  at {hospitals} [from|between] {start} [and|through] {stop}
+  at {hospitals} [from {start} through|between {start} and] {stop}
 adjusting
   [adjusting|after adjustment|controlling|with adjustment] for {covariates} and {covariates}
   with {models} [adjusted|corrected] for {covariates}, {covariates} and {covariates}
@@ -85,8 +85,7 @@ baseline
   [Mean|Median|The median|The mean] age was {age} years[, and {percent_women}% were women|; {percent_women}% were female| ({percent_women}% women)|].
   [Of|Among] the {n} {participants}, {n_women} ({percent_women}%) were [women|female][ and the mean age was {age} years|].
   [Mean|Median] follow-up was {1.1-9.8} years[; {participants} were {age} years old on average| and {percent_women}% were women|].
-  [The groups were|Groups were] [similar|balanced|well matched|comparable] [at baseline|at entry|] with [respect|regard] to {covariates} and {covariates}.
-  At [baseline|entry|enrollment], {covariates} and {covariates} [were similar|did not differ|were balanced] [between|across] groups[ (mean age, {age} years)|].
+  {covariates}, {covariates} and {measure} were [recorded|known|available] for [all|nearly all|{90-99}% of the] {participants}[ (mean age, {age} years)|].
 participants
   [patients|participants|subjects|individuals]
 """
@@ -147,7 +146,7 @@ trial_fact
   Does {drug} [prevent|reduce|lower the risk of] {event} in {people}?
 """
 
-# %% ../nbs/03c_abstracts.ipynb #ccf62f5a
+# %% ../nbs/03c_abstracts.ipynb #8ee5833b
 _COHORTS = """
 cohort_title
   {exposure} and [risk of|the risk of|] {event} in {disease}[: a cohort study|: a population-based study|: a prospective analysis|]
@@ -173,7 +172,7 @@ cohort_extra
   {measure} did not [explain|modify|account for] [this|the] [finding|association|estimate].
   {covariates} and {exposure2} were [also|independently] [related|associated] to [{measure}|{event2}|{symptom}].
   [Results|Estimates] [by|according to] {covariates} were [similar|consistent|less precise].
-  {event2} [was|occurred in] {0.5-9.8}% of [the cohort|all {participants}].
+  {event2} [occurred in|was seen in|affected] {0.5-9.8}% of [the {participants}|all {participants}|those studied].
 cohort_yes
   {exposure} [was|is] associated with [a higher|an increased|a greater] risk of {event} in {people}.
   [Our|These] [findings|results|data] [indicate|show] that {exposure} is a risk factor for {event}[ in {disease}| in this population|].
@@ -346,7 +345,7 @@ genes_fact
   Are {gene} variants associated with {disease}?
 """
 
-# %% ../nbs/03c_abstracts.ipynb #14c59174
+# %% ../nbs/03c_abstracts.ipynb #fbad7724
 _LABORATORY = """
 stimulus
   {compound}
@@ -362,7 +361,7 @@ lab_aim
   {sought} the [mechanism|pathway] by which {compound} [acts on|changes|modulates] {process}[ in {disease}|].
   [The role of {protein} in {process}|How {protein} takes part in {process}] is [unknown|not understood|poorly understood].
 lab_methods
-  {cell} were [treated|incubated|stimulated] with {compound} ({1-80} [microM|nM|ng/ml]) for {2-72} h[ in the presence or absence of {compound2}|], and {process} was [measured|assessed|quantified] by {assays}.
+  {cell} were [treated|incubated|stimulated] with {compound} ({2-80} [microM|nM|ng/ml]) for {2-72} h[ in the presence or absence of {compound2}|], and {process} was [measured|assessed|quantified] by {assays}.
   {animal} (n = {n}) [received|were given|were treated with] {compound} (n = {n1}) or vehicle (n = {n2}) for {2-28} days.
   We [used|combined|applied] {assays}, {assays} and {assays} to [study|follow|measure] {process} in {cell}.
   {gene} was [silenced|deleted|overexpressed|edited] in {cell}, and {protein} was [followed|quantified|detected] by {assays}.

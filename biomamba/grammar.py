@@ -173,15 +173,15 @@ def resolve_marks(
         text = _CAPITAL.sub(lambda m: m[1].upper(), text)
     return _GAPS.sub("", text)
 
-# %% ../nbs/03b_grammar.ipynb #f87b4808
+# %% ../nbs/03b_grammar.ipynb #ee780c7e
 class Grammar:
     "Rules of English that the facts of a document complete."
 
     def __init__(
         self,
-        text: str,  # rules in the notation above
+        text: str,  # rules in the notation above; an article before a slot or a bracket adapts by itself
     ):
-        self.rules = parse(text)
+        self.rules = parse(re.sub(r"\b([Aa]) (?=[\[{])", r"\1~ ", text))
 
     def render(
         self,

@@ -251,10 +251,10 @@ outlooks: quality of life; cost-effectiveness; long-term safety; patient prefere
   adherence; the timing of treatment; the role of comorbidity; external validity; biomarker-guided selection; durability of the effect; outcomes in older adults; resource use
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #2912c608
+# %% ../nbs/03a_lexicons.ipynb #bf1b81a9
 _WEB = lexicon("""
-products: backpack; desk lamp; water bottle; coffee grinder; yoga mat; office chair; phone case; hiking boots; throw pillow; cast iron skillet; garden hose; baby blanket; wall clock; necklace
-  bluetooth speaker; raincoat; tool box; dog bed; bookshelf; sleeping bag; leather wallet; bike helmet; tea kettle; area rug; scarf; sunglasses; camera strap; rolling suitcase; board game; pocket knife
+products: backpack; desk lamp; water bottle; coffee grinder; yoga mat; office chair; phone case; hiking pole; throw pillow; cast iron skillet; garden hose; baby blanket; wall clock; necklace
+  bluetooth speaker; raincoat; tool box; dog bed; bookcase; sleeping bag; leather wallet; bike helmet; tea kettle; area rug; shawl; sun hat; camera strap; rolling suitcase; board game; pocket knife
   candle set; standing desk; bath towel; fishing rod; drill bit set; picture frame; planter; cutting board; wool sweater; swimsuit; wedding band; storage bin; curtain; mirror; puzzle; guitar stand
 materials: oak; bamboo; stainless steel; leather; cotton; linen; canvas; brass; recycled plastic; merino wool; ceramic; walnut; aluminum; silicone; tempered glass; nylon; suede; marble; cork; felt
 colors: black; navy blue; olive green; charcoal; cream; rust; teal; mustard; white; burgundy; blush pink; slate gray; turquoise; copper; lavender; sand
@@ -267,7 +267,7 @@ dishes: lentil soup; banana bread; chicken pot pie; pumpkin pancakes; beef stew;
   cinnamon rolls; fried rice; peach cobbler; corn chowder; black bean burgers; roast chicken; zucchini fritters; blueberry muffins; garlic bread; tomato curry; oatmeal cookies; spinach quiche
 hobbies: gardening; knitting; photography; woodworking; running; birdwatching; home brewing; painting; cycling; scrapbooking; fishing; camping; baking; chess; pottery; sewing; geocaching; rock climbing
   model trains; quilting; kayaking; journaling; stargazing; playing the ukulele; beekeeping; calligraphy; restoring old cars; swimming
-animals_web: dog; cat; parrot; rabbit; hamster; goldfish; horse; pony; guinea pig; turtle; goat; hen
+animals_web: dog; cat; parrot; rabbit; hamster; parakeet; horse; donkey; guinea pig; turtle; goat; hen
 plants: tomatoes; roses; lavender plants; succulents; hydrangeas; basil; peppers; tulips; raspberries; ferns; squash; sunflowers; herbs; strawberries; orchids; peonies
 services: roof repair; wedding photography; carpet cleaning; web design; tax preparation; dog grooming; landscaping; piano lessons; house painting; car detailing; plumbing; catering; window cleaning
   bookkeeping; personal training; furniture assembly; moving; tree removal; tutoring; pest control; home inspection; event planning; appliance repair; massage therapy
@@ -290,7 +290,7 @@ jobs: nurse; teacher; carpenter; lawyer; chef; engineer; librarian; mechanic; de
 issues: parking; road repairs; school funding; noise; flooding; affordable housing; public transit; recycling; street lighting; water rates; traffic safety; broadband access; park maintenance; taxes
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #cd87c459
+# %% ../nbs/03a_lexicons.ipynb #590484fd
 _ENCYCLOPEDIA = lexicon("""
 professions: painter; composer; botanist; novelist; architect; politician; astronomer; footballer; cricketer; naval officer; playwright; mathematician; chemist; sculptor; explorer; journalist; engineer
   historian; philosopher; geologist; bishop; poet; film director; violinist; general; surveyor; linguist; actress; economist; inventor; photographer; jurist; missionary; cartographer; swimmer
@@ -299,7 +299,7 @@ genera: Acmella; Brunnia; Calthera; Dorvessa; Elymora; Fenestria; Gondularia; Ha
   Selinura; Tarphius; Ulvastra; Veronella; Xantholia; Ypsolopha; Zenaidella; Amblyosa; Boreaphilus; Cryptolina; Dendrocera; Euphilona; Gasteria; Heliconopsis; Laminaria; Myrsina; Odonella
 epithets: alpina; borealis; carinata; dentata; elegans; flavipes; gracilis; hirsuta; insularis; japonica; lacustris; maculata; nigra; occidentalis; pallida; quadrata; rubra; sylvestris; tenuis
   umbrosa; viridis; montana; marginata; robusta; obscura; grandis; minor; aurata; ferruginea; cincta
-taxa: beetle; orchid; freshwater fish; moth; land snail; tree frog; fern; songbird; bat; sea star; crab; lichen; skink; dragonfly; mushroom; shrub; spider; rodent; sedge; marine worm; wasp; heron
+taxa: beetle; orchid; freshwater eel; moth; land snail; tree frog; fern; songbird; bat; sea star; crab; lichen; skink; dragonfly; mushroom; shrub; spider; rodent; sedge; marine worm; wasp; heron
 habitats: lowland rainforest; dry grassland; mangrove swamps; montane cloud forest; rocky shores; peat bogs; limestone cliffs; coastal dunes; river deltas; pine woodland; alpine meadows; scrubland
   brackish lagoons; deciduous woodland; coral rubble; seasonal wetlands; farmland hedges; volcanic slopes; kelp forests; sandy heath
 preys: small insects; seeds; algae; aphids; fallen fruit; earthworms; nectar; larvae; small fish; plankton; leaf litter; pollen; snails; fungi; bark; roots
@@ -324,7 +324,7 @@ prizes: the Halden Prize; the Royal Medal; the Golden Laurel; the Order of Merit
 papers: The Evening Courier; The Morning Herald; The Observer's Review; The Daily Chronicle; The Weekly Standard; The Provincial Gazette; The Northern Mail; The Illustrated Post; The Sunday Ledger
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #946faae2
+# %% ../nbs/03a_lexicons.ipynb #72c79bcb
 _NAMES = lexicon("""
 givens: Ada; Albert; Alice; Amos; Anna; Arthur; Beatrice; Benedikt; Bertha; Carl; Cecily; Charles; Clara; Conrad; Daphne; David; Dora; Edgar; Edith; Elias; Elsa; Emil; Ernest; Eva; Felix; Flora; Frank
   George; Grace; Greta; Harold; Helen; Henry; Hugo; Ida; Irene; Isaac; Jane; Johan; Julia; Karl; Laura; Leo; Lewis; Lydia; Magnus; Marcus; Maria; Martin; Matilda; Max; Miriam; Nathan; Nora; Oliver; Oscar
@@ -336,7 +336,7 @@ surnames: Abernathy; Adler; Alcott; Almeida; Arden; Bancroft; Barlow; Bergstrom;
 """)
 _TOWN_HEADS = "Ash Bar Brack Brin Carn Clay Cold Dun East Elm Fair Farn Glen Grim Hal Hart Hazel Hol Kel King Lang Lin Long Mar Mill Nor Oak Pen Quin Red Rock Sal Sax Sten Stor Thorn Up Wal West Win Wold".split()
 _TOWN_TAILS = "bach berg borough bridge burn bury by combe dale don fell field ford ham haven hurst ley mere minster mouth port shaw stead stow thorpe ton vik ville wick worth".split()
-_LAND_HEADS = "Al Ard Bel Bor Cal Cas Dal Est Gal Hel Ist Jor Kar Lom Mer Nav Or Pel Ros Sal Tar Val Vor Zel".split()
+_LAND_HEADS = "Al Ard Bel Bor Cal Cas Dal Esk Gal Hel Ist Jor Kar Lom Mer Nav Or Pel Ros Sal Tar Val Vor Zel".split()
 _LAND_TAILS = "andria avia enia eria esia istan land mark onia oria ovia uria".split()
 
 # %% ../nbs/03a_lexicons.ipynb #70d73b96

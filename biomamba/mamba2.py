@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/06b_mamba2.ipynb #030d1d29
 EOS, PAD = 0, 1  # <|endoftext|> and <|padding|> of the GPT-NeoX tokenizer
 
-# %% ../nbs/06b_mamba2.ipynb #80d67d50
+# %% ../nbs/06b_mamba2.ipynb #75eaee8c
 def mamba2_config(
     recipe: Recipe,                       # gives the shape
     vocabulary_size: int | None = None,   # rows of the embedding; None: the recipe's
@@ -34,7 +34,7 @@ def mamba2_config(
         hidden_size=recipe.d_model, num_hidden_layers=recipe.layers, vocab_size=vocabulary_size or recipe.vocabulary,
         expand=recipe.expand, head_dim=recipe.head_dim, num_heads=recipe.expand * recipe.d_model // recipe.head_dim,
         state_size=recipe.state, conv_kernel=recipe.conv, n_groups=recipe.groups, tie_word_embeddings=True,
-        eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, residual_in_fp32=True, rescale_prenorm_residual=True,
+        eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, residual_in_fp32=True, rescale_prenorm_residual=False,
         initializer_range=0.02, layer_norm_epsilon=1e-5)
 
 # %% ../nbs/06b_mamba2.ipynb #3e76ed48
@@ -317,7 +317,7 @@ def _head(
     hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep] if isinstance(keep, Tensor) or keep else hidden
     return None, model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
 
-# %% ../nbs/06b_mamba2.ipynb #b5153581
+# %% ../nbs/06b_mamba2.ipynb #c61e94a3
 def _save_plain(
     model: BioMambaForCausalLM,
     folder,      # where to
@@ -325,7 +325,7 @@ def _save_plain(
 ) -> None:
     "Save under the name of transformers' class, which is what others can load."
     super(BioMambaForCausalLM, model).save_pretrained(folder, **kwargs)
-    model.config.architectures = ["Mamba2ForCausalLM"]
+    model.config.architectures, model.config.rescale_prenorm_residual = ["Mamba2ForCausalLM"], False
     model.config.save_pretrained(folder)
 
 # %% ../nbs/06b_mamba2.ipynb #82c42cd8

@@ -8,12 +8,13 @@ __all__ = ['MIB', 'LONGEST', 'MAGIC', 'OPENERS', 'TEXTS', 'IDS', 'FACTS', 'FORMA
            'is_unicode', 'make_document', 'parse_json', 'jsonl_items', 'parquet_items', 'rows', 'text_items',
            'format_of', 'all_files', 'data_files', 'file_hashes', 'read_items', 'read_file', 'reasons', 'check_share']
 
-# %% ../nbs/02a_records.ipynb #4f0dc1a2
+# %% ../nbs/02a_records.ipynb #e532eca8
 import gzip, hashlib, json, re, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import zstandard
@@ -155,7 +156,7 @@ TEXTS = (("text",), ("title", "abstract"), ("title", "content"), ("content",), (
 IDS = ("pmid", "pubmed_id", "pubid", "note_id", "id", "_id", "url", "title")
 FACTS = ("title", "url", "timestamp", "year", "journal", "language")  # columns that travel in `meta`
 
-# %% ../nbs/02a_records.ipynb #74413c0a
+# %% ../nbs/02a_records.ipynb #b860f94d
 @lru_cache(maxsize=4096)
 def find_columns(
     columns: tuple[str, ...],              # of a record
@@ -166,9 +167,9 @@ def find_columns(
     lower = {name.lower(): name for name in reversed(columns)}
     missing = [name for name in (*(text or ()), *((id,) if id else ())) if name not in columns]
     if missing: return f"no column {missing[0]!r}"
-    text = text or next((tuple(lower[c] for c in names) for names in TEXTS if all(c in lower for c in names)), None)
+    text = text or next((tuple(lower[name] for name in names) for names in TEXTS if all(name in lower for name in names)), None)
     if text is None: return "no column with text"
-    return text, id or next((lower[c] for c in IDS if c in lower and lower[c] not in (*text, *("title",) * (len(text) > 1))), None)
+    return text, id or next((lower[name] for name in IDS if name in lower and lower[name] not in text), None)
 
 # %% ../nbs/02a_records.ipynb #99631539
 def stable_hash(
@@ -242,11 +243,11 @@ def jsonl_items(
         record = parse_json(line)
         yield number, record if isinstance(record, Skip) else make(record)
 
-# %% ../nbs/02a_records.ipynb #df096f18
+# %% ../nbs/02a_records.ipynb #eaf9eaa6
 def parquet_items(
     path: Path,
     make: Callable[[dict], Document | Skip],
-    columns: tuple[str, ...] = (),  # columns to read beside the known ones
+    columns: tuple[str, ...] = (),  # named by the user: read beside the known ones
 ) -> Iterator[tuple[int, Document | Skip]]:  # row number, from 1
     "The rows of a Parquet file."
     import pyarrow, pyarrow.parquet
@@ -254,8 +255,11 @@ def parquet_items(
         with pyarrow.parquet.ParquetFile(path, thrift_string_size_limit=LONGEST, thrift_container_size_limit=MIB) as file:
             wanted = {*columns, *sum(TEXTS, ()), *IDS, *FACTS}
             names = [name for name in file.schema_arrow.names if name in wanted or name.lower() in wanted]
-            if not names: raise BrokenFile(f"has no column with text, only {', '.join(file.schema_arrow.names[:10])}")
-            yield from enumerate((r if isinstance(r, Skip) else make(r) for b in file.iter_batches(1000, columns=names) for r in rows(b)), 1)
+            missing = [repr(name) for name in columns if name not in names] or ["with text"] * (not names)
+            if missing: raise BrokenFile(f"has no column {missing[0]}, only {', '.join(file.schema_arrow.names[:10])}")
+            batches = file.iter_batches(1000, columns=names)
+            for position, row in enumerate(chain.from_iterable(map(rows, batches)), 1):
+                yield position, row if isinstance(row, Skip) else make(row)
     except pyarrow.ArrowException as error: raise BrokenFile(f"is no readable Parquet ({str(error).splitlines()[0][:200]})") from None
     except OSError as error: raise BrokenFile(f"cannot be read ({str(error.strerror or error).splitlines()[0][:200]})") from None
 
@@ -328,11 +332,11 @@ def file_hashes(
         with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
     return {name: digest(path) for name, path in all_files(Path(folder)).items()}
 
-# %% ../nbs/02a_records.ipynb #13e994a5
+# %% ../nbs/02a_records.ipynb #02ca4554
 def read_items(
     files: Iterable[tuple[str, Iterable]],  # name of each file, its items
     what: str,                              # the whole, for messages: a folder, a hub name
-    report: ReadReport | None = None,
+    report: ReadReport | None = None,       # a new one for every reading, or that of the reading which goes on
     max_bad: float = 0.01,                  # largest share of corrupt records, in [0, 1]
     after: tuple[str, int] | None = None,   # go on behind this (file, position); earlier files are not opened
 ) -> Iterator[Document]:
@@ -349,7 +353,7 @@ def read_items(
     if not report.read and not after:
         raise UserError(f"{what} holds no document: {report.present} records in {len(report.counts)} files{reasons(report)}")
 
-# %% ../nbs/02a_records.ipynb #19567631
+# %% ../nbs/02a_records.ipynb #0aa5c7c7
 def read_file(
     name: str,
     items: Iterable[tuple[int, Document | Skip]],
@@ -367,7 +371,7 @@ def read_file(
             elif report.corrupt > 100: check_share(report, max_bad, tolerated=100)
     except BrokenFile as error: raise UserError(f"{name} {error}; {count['read']:,} documents of it were read") from None
     if count.total() and count.total() == report.corrupt - corrupt:
-        raise UserError(f"{name} is not of the format that its name promises: none of its {count.total():,} records could be read{reasons(report)}")
+        raise UserError(f"{name} is of another format or has other columns: none of its {count.total():,} records could be read{reasons(report)}")
 
 # %% ../nbs/02a_records.ipynb #3b819135
 def reasons(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'RATIOS', 'CHOICES', 'TINY', 'BASE', 'SHAPE', 'UserError', 'did_you_mean', 'progress', 'Recipe',
-           'check_recipe', 'check_mixture', 'recipe', 'ema_decay', 'base_recipe', 'fingerprint', 'project_root',
-           'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'replace_folder', 'flatten', 'differences', 'Run',
-           'read_metrics', 'mark_restricted', 'restricted', 'assigned', 'check_parameters', 'as_dict', 'given',
-           'run_dir_for', 'version_of', 'environment', 'code_version']
+           'check_recipe', 'check_mixture', 'recipe', 'steps_of', 'ema_decay', 'base_recipe', 'fingerprint',
+           'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'replace_folder', 'flatten',
+           'differences', 'Run', 'read_metrics', 'mark_restricted', 'restricted', 'assigned', 'check_parameters',
+           'as_dict', 'given', 'run_dir_for', 'version_of', 'environment', 'code_version']
 
 # %% ../nbs/01_runs.ipynb #9c6dd3fd
 import ast, contextlib, dataclasses, difflib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, tempfile
@@ -129,10 +129,10 @@ def check_mixture(
     if not whole or abs(sum(mixture.values()) - 1) > 1e-6:
         raise UserError(f"mixture={mixture!r}; shares above 0 that sum to 1 are accepted, such as {{'pubmed': 0.8, 'c4': 0.1, 'wikipedia': 0.1}}")
 
-# %% ../nbs/01_runs.ipynb #ab882e62
-TINY = dict(scale="tiny", checkpoint=None, d_model=128, layers=6, state=32, head_dim=32, vocabulary=2048,
-            sequences=None, steps=150, sequences_per_step=16, learning_rate=1e-3, ema_decay=None,
-            precision="fp32", long_documents="split", micro_batch_tokens=4096, evaluations=10, validation_documents=40)
+# %% ../nbs/01_runs.ipynb #6aa1c438
+TINY = dict(scale="tiny", checkpoint=None, d_model=160, layers=4, state=32, head_dim=32, vocabulary=2048,
+            sequences=None, steps=150, sequences_per_step=8, learning_rate=1e-3, ema_decay=None, precision="fp32",
+            long_documents="split", micro_batch_tokens=4096, evaluations=6, validation_documents=20, base_steps=200)
 
 # %% ../nbs/01_runs.ipynb #e3f143ae
 def recipe(
@@ -153,7 +153,15 @@ def recipe(
     check_recipe(made)
     return made
 
-# %% ../nbs/01_runs.ipynb #8661c67c
+# %% ../nbs/01_runs.ipynb #430776c6
+def steps_of(
+    recipe: Recipe,
+    sequences: int,  # in the corpus
+) -> int:  # optimizer steps
+    "The recipe's number of steps, or its epochs over the corpus."
+    return recipe.steps or recipe.epochs * -(-sequences // recipe.sequences_per_step)
+
+# %% ../nbs/01_runs.ipynb #344a1edf
 def ema_decay(
     recipe: Recipe,
     steps: int,  # optimizer steps of the run
@@ -161,12 +169,12 @@ def ema_decay(
     "The stated decay of the weights' average, or the paper's ratio of memory to run: 1 − 6/steps."
     return max(0.0, 1 - 6 / steps) if recipe.ema_decay is None else recipe.ema_decay
 
-# %% ../nbs/01_runs.ipynb #fe687eb7
-BASE = dict(mixture={"c4": 0.55, "wikipedia": 0.35, "pubmed": 0.10}, learning_rate=3e-3, layer_decay=1.0, seed=0, evaluations=4)
+# %% ../nbs/01_runs.ipynb #9c2523a5
+BASE = dict(mixture={"c4": 0.70, "wikipedia": 0.22, "pubmed": 0.08}, learning_rate=3e-3, layer_decay=1.0, seed=0, evaluations=4)
 SHAPE = ("d_model layers state head_dim expand groups conv vocabulary max_tokens micro_batch_tokens sequences_per_step "
          "validation_documents base_steps").split()
 
-# %% ../nbs/01_runs.ipynb #459ba73b
+# %% ../nbs/01_runs.ipynb #9b536c72
 def base_recipe(
     adapting: Recipe,  # of a scale without a published checkpoint
 ) -> Recipe:
@@ -175,7 +183,7 @@ def base_recipe(
     same = {name: getattr(adapting, name) for name in SHAPE}
     return dataclasses.replace(recipe(adapting.scale), **same, **BASE, steps=adapting.base_steps)
 
-# %% ../nbs/01_runs.ipynb #2c961a65
+# %% ../nbs/01_runs.ipynb #27a9105a
 def fingerprint(
     data: Any,  # plain data: dicts, lists, numbers, strings, None
 ) -> str:  # 16 hexadecimal digits
@@ -183,25 +191,25 @@ def fingerprint(
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/01_runs.ipynb #1e92921c
+# %% ../nbs/01_runs.ipynb #184ea5eb
 def project_root() -> Path:
     "The nearest folder upwards that holds settings.ini, else the current folder."
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "settings.ini").is_file()), here)
 
-# %% ../nbs/01_runs.ipynb #e16cee3e
+# %% ../nbs/01_runs.ipynb #373d6ea7
 def resolve(
     path: str | os.PathLike,  # absolute, with ~, or relative to the project
 ) -> Path:  # absolute
     "The one meaning of a path, wherever the process was started."
     return (project_root() / Path(path).expanduser()).resolve()
 
-# %% ../nbs/01_runs.ipynb #da410a1e
+# %% ../nbs/01_runs.ipynb #aacd584f
 def cache_dir() -> Path:
     "Where corpora and base models are kept by fingerprint: BIOMAMBA_CACHE, else runs/cache."
     return resolve(os.environ.get("BIOMAMBA_CACHE") or "runs/cache")
 
-# %% ../nbs/01_runs.ipynb #21df8e6c
+# %% ../nbs/01_runs.ipynb #3b69d6c4
 def write_atomic(
     path: Path,           # where the file shall stand
     content: str | bytes, # all of it
@@ -217,7 +225,7 @@ def write_atomic(
         Path(name).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/01_runs.ipynb #35f90262
+# %% ../nbs/01_runs.ipynb #7bfe0379
 @contextlib.contextmanager
 def folder_atomic(
     folder: Path,  # where the folder shall stand
@@ -230,7 +238,7 @@ def folder_atomic(
         if not folder.exists(): os.replace(inner, folder)
         elif (Path(name) / "content").exists(): replace_folder(inner, folder, Path(name) / "old")
 
-# %% ../nbs/01_runs.ipynb #6c114202
+# %% ../nbs/01_runs.ipynb #3e749757
 def replace_folder(
     new: Path,     # what shall stand there
     folder: Path,  # what stands there
@@ -240,7 +248,7 @@ def replace_folder(
     os.replace(folder, aside)
     os.replace(new, folder)
 
-# %% ../nbs/01_runs.ipynb #da1d3746
+# %% ../nbs/01_runs.ipynb #581d29f0
 def flatten(
     data: dict,       # nested
     prefix: str = "",
@@ -251,7 +259,7 @@ def flatten(
         out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return out
 
-# %% ../nbs/01_runs.ipynb #ce89b551
+# %% ../nbs/01_runs.ipynb #192cdff2
 def differences(
     old: dict,  # the identity in the folder
     new: dict,  # the identity that is asked for
@@ -262,7 +270,7 @@ def differences(
     shown = [f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in keys[:3]]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
 
-# %% ../nbs/01_runs.ipynb #bc87f0a3
+# %% ../nbs/01_runs.ipynb #7eef229c
 class Run:
     "A run folder: who it belongs to, what it has logged, what came out."
 
@@ -287,7 +295,7 @@ class Run:
 
     def __repr__(self): return f"Run({os.path.relpath(self.folder, project_root())})"
 
-# %% ../nbs/01_runs.ipynb #5c0de2b0
+# %% ../nbs/01_runs.ipynb #6e24519d
 def _results(self) -> dict | None:
     "What the finished run found, or None while it is not finished."
     path = self / "results.json"
@@ -300,7 +308,7 @@ def _finish(self, results: dict) -> dict:
 
 Run.results, Run.finish = property(_results), _finish
 
-# %% ../nbs/01_runs.ipynb #afb4b022
+# %% ../nbs/01_runs.ipynb #609620d6
 def read_metrics(
     folder: Path,  # a run folder
 ) -> list[dict]:  # oldest first
@@ -320,7 +328,7 @@ def _rewind(self, step: int) -> None:
 
 Run.metrics, Run.log, Run.rewind = property(lambda self: read_metrics(self.folder)), _log, _rewind
 
-# %% ../nbs/01_runs.ipynb #84ad0e7a
+# %% ../nbs/01_runs.ipynb #308d069b
 @contextlib.contextmanager
 def _lock(self):
     "Hold the folder for this process; `UserError` when another process holds it."
@@ -332,7 +340,7 @@ def _lock(self):
 
 Run.lock = _lock
 
-# %% ../nbs/01_runs.ipynb #de61bcd4
+# %% ../nbs/01_runs.ipynb #4989a4eb
 def mark_restricted(
     folder: Path,  # of a run, corpus or model
     reason: str,   # which source, under which terms
@@ -347,7 +355,7 @@ def restricted(
     path = Path(folder) / "RESTRICTED"
     return path.read_text().strip() if path.exists() else None
 
-# %% ../nbs/01_runs.ipynb #d191707a
+# %% ../nbs/01_runs.ipynb #f09fe4a2
 def assigned(
     source: str,  # Python
 ) -> list[str]:  # names, in order
@@ -355,7 +363,7 @@ def assigned(
     targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/01_runs.ipynb #b60a715d
+# %% ../nbs/01_runs.ipynb #25b52f9f
 def check_parameters(
     cells: list[str],  # `In`: the sources of the cells that ran so far
 ) -> None:
@@ -366,7 +374,7 @@ def check_parameters(
     for name in assigned(cells[given[-1]]):
         if name not in known: raise UserError(f"{name!r} is no parameter of this notebook{did_you_mean(name, known)}; it has {', '.join(known)}")
 
-# %% ../nbs/01_runs.ipynb #db14ae7e
+# %% ../nbs/01_runs.ipynb #44f1d2a5
 def as_dict(
     value: dict | str | None,  # a dict, its JSON, or nothing
     name: str,                 # of the parameter, for the message
@@ -378,14 +386,14 @@ def as_dict(
     if not isinstance(read, dict): raise UserError(f"{name}={value!r}; a dict is accepted, or its JSON such as '{{\"seed\": 1}}'")
     return read
 
-# %% ../nbs/01_runs.ipynb #67fb1528
+# %% ../nbs/01_runs.ipynb #5e0be17f
 def given(
     **parameters,  # None: not given
 ) -> dict:
     "The parameters that were given."
     return {name: value for name, value in parameters.items() if value is not None}
 
-# %% ../nbs/01_runs.ipynb #94bcd80c
+# %% ../nbs/01_runs.ipynb #0db2a89b
 def run_dir_for(
     run_dir: str | None,   # as given
     recipe_asked: Recipe,
@@ -398,7 +406,7 @@ def run_dir_for(
     name = recipe_asked.scale if not variant | asked else f"{recipe_asked.scale}-{fingerprint(variant | asked)[:8]}"
     return resolve(Path("runs") / name)
 
-# %% ../nbs/01_runs.ipynb #584e240b
+# %% ../nbs/01_runs.ipynb #f173b558
 def version_of(
     package: str,  # name on the package index
 ) -> str | None:
@@ -406,7 +414,7 @@ def version_of(
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/01_runs.ipynb #097d5d29
+# %% ../nbs/01_runs.ipynb #d9b86395
 def environment() -> dict:  # gpu, driver, cuda, os, python, torch, mamba_ssm, transformers, datasets
     "Machine and versions in the rows of the paper's Table A1; None for what is not there."
     import torch
@@ -419,7 +427,7 @@ def environment() -> dict:  # gpu, driver, cuda, os, python, torch, mamba_ssm, t
     return {"gpu": gpu, "driver": driver, "cuda": torch.version.cuda, "os": platform.platform(),
             "python": platform.python_version(), **packages}
 
-# %% ../nbs/01_runs.ipynb #99ee7da9
+# %% ../nbs/01_runs.ipynb #e4033867
 def code_version() -> dict:  # biomamba, commit (None outside a checkout)
     "The library's version and, in a checkout, its commit."
     git = shutil.which("git")

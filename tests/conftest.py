@@ -50,3 +50,12 @@ def notebooks():
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    "The tests neither use nor fill the checkout's cache of base models."
+    before = os.environ.get("BIOMAMBA_CACHE")
+    os.environ["BIOMAMBA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("BIOMAMBA_CACHE") if before is None else os.environ.update(BIOMAMBA_CACHE=before)

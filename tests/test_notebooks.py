@@ -2,7 +2,6 @@
 import ast
 import io
 import json
-import os
 import subprocess
 import sys
 import tokenize
@@ -44,15 +43,6 @@ def run(path: Path, out: Path, cwd: Path = ROOT, **given):
     return papermill.execute_notebook(
         path, out, parameters=given, cwd=cwd, kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=ERROR"]
     )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    "The tests neither use nor fill the checkout's cache of base models."
-    before = os.environ.get("BIOMAMBA_CACHE")
-    os.environ["BIOMAMBA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("BIOMAMBA_CACHE") if before is None else os.environ.update(BIOMAMBA_CACHE=before)
 
 
 # ---------------------------------------------------------------- parameters

@@ -143,6 +143,14 @@ def test_a_room_is_small_and_names_what_it_offers(module):
         warnings.warn(f"{module} exports {len(lines)} lines, more than {LINES}")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, **IDS)
+def test_the_first_cell_is_title_and_subtitle(path):
+    first = NOTEBOOKS[path].cells[0]
+    lines = [line for line in first.source.splitlines() if line.strip()]
+    assert first.cell_type == "markdown" and len(lines) == 2, f"{path.name}: nbdev drops what else its first cell holds"
+    assert lines[0].startswith("# ") and lines[1].startswith("> ")
+
+
 @pytest.mark.parametrize("path", ROOMS, **IDS)
 def test_imports_stand_in_cells_of_their_own(path):
     kinds = (ast.Import, ast.ImportFrom)
@@ -237,8 +245,3 @@ def test_no_file_names(what, pattern):
 def test_only_ci_names_the_folder_beside_the_checkout():
     named = {str(path.relative_to(ROOT)) for path in published_files() if re.search(r"\bshared/", text_of(path))}
     assert named <= {".ci/run"}
-
-
-def test_every_notebook_is_in_the_sidebar():
-    listed = re.findall(r"[\w-]+\.ipynb", (ROOT / "_quarto.yml").read_text())
-    assert listed == [path.name for path in NOTEBOOKS if path.stem == "index"] + [p.name for p in NOTEBOOKS if p.stem != "index"]

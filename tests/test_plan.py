@@ -1,0 +1,139 @@
+"The plan of a run against the model that is trained, and against arithmetic by hand."
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from biomamba.paper import SCALES, published
+from biomamba.plan import (HARDWARE, Hardware, activation_bytes, linear_weights, mean_tokens, memory_parts, optimizer_steps,
+                           parameters, plan, sequences_seen, training_flops)
+from biomamba.runs import UserError, recipe
+
+
+@pytest.mark.parametrize("scale", ["tiny", *SCALES])
+def test_parameters_are_those_of_the_model(scale):
+    from biomamba.mamba2 import BioMambaForCausalLM, mamba2_config
+    r = recipe(scale)
+    with torch.device("meta"):
+        model = BioMambaForCausalLM(mamba2_config(r))
+    assert sum(p.numel() for p in model.parameters()) == parameters(r)["total"]
+    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert sum(matrices) == linear_weights(r)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_published_steps_follow_from_the_sequences(scale):
+    r = recipe(scale)
+    assert optimizer_steps(replace(r, steps=None)) == published(scale)["steps"] == plan(r).steps
+    assert plan(r).sequences == r.epochs * r.sequences
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 7, 13, 40])
+def test_sequences_are_those_of_a_walk_through_the_epochs(steps):
+    r = recipe("130m", sequences=100, sequences_per_step=17, steps=steps)
+    sizes = [min(17, 100 - start) for start in range(0, 100, 17)]
+    assert sequences_seen(r) == sum(sizes[step % len(sizes)] for step in range(steps))
+
+
+def test_a_document_counts_no_more_than_a_sequence_holds():
+    r = recipe("130m", mixture={"c4": 0.5, "wikipedia": 0.5})
+    assert mean_tokens(r, {"c4": 100, "wikipedia": 9000}) == (100 + 1024) / 2
+
+
+def test_a_fully_padded_mixture_costs_what_the_padded_rows_cost():
+    full = plan(recipe("130m"), tokens_per_document=dict.fromkeys(("pubmed", "c4", "wikipedia"), 1024))
+    assert (full.tokens, full.flops, full.hours) == (full.tokens_padded, full.flops_padded, full.hours_padded)
+
+
+def test_hours_scale_with_devices_utilization_and_speed():
+    one = plan(recipe("780m"), "h100", utilization=0.2).hours
+    assert plan(recipe("780m"), "h100", devices=4, utilization=0.4).hours == pytest.approx(one / 8)
+    slow = Hardware("half", 80, HARDWARE["h100"].peak_tflops_bf16 / 2)
+    assert plan(recipe("780m"), slow, utilization=0.2).hours == pytest.approx(2 * one)
+    assert plan(recipe("780m", precision="fp32"), "h100").hours is None
+
+
+def test_flops_by_hand():
+    r = recipe("370m")
+    linear = 48 * (1024 * (2 * 2048 + 2 * 128 + 32) + 2048 * 1024) + 50288 * 1024
+    scan = 48 * (2 * 256 * 128 + 32 * (2 * 256 * 64 + 4 * 128 * 64))
+    assert training_flops(r, 1) == 6 * linear + 3 * scan
+
+
+def test_twenty_bytes_a_parameter_before_the_first_activation():
+    parts = memory_parts(recipe("1.3b", precision="fp32"))
+    held = sum(gb for name, gb in parts.items() if name not in ("activations", "logits of one chunk"))
+    assert held * 1e9 == pytest.approx(20 * parameters(recipe("1.3b"))["total"])
+
+
+def test_activations_are_those_that_the_model_keeps():
+    from biomamba.mamba2 import mamba2_config, new_model
+    r, kept = recipe("tiny"), {}
+    model = new_model(mamba2_config(r), 0)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address taken
+        return tensor
+    ids = torch.randint(0, r.vocabulary, (2, 1024), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, seq_idx=(torch.arange(1024) // 300).int().expand(2, -1).contiguous(), targets=ids)
+    measured = sum(size for size, _ in kept.values()) / ids.numel()
+    assert 0.6 < measured / activation_bytes(r, kernels=False) < 1.4
+
+
+def test_warnings_come_when_due_and_only_then():
+    assert not any(plan(recipe(s)).warnings for s in ("130m", "370m", "780m", "1.3b"))
+    assert "moving average" in plan(recipe("130m", steps=300)).warnings[0]
+    assert "74% base" in plan(recipe("130m", steps=300)).warnings[0]
+    assert not plan(recipe("130m", steps=300, ema_decay=None)).warnings
+
+
+@pytest.mark.parametrize("scale, hardware", [("780m", "24gb"), ("2.7b", "h100"), ("370m", "16gb")])
+def test_the_micro_batch_that_a_warning_offers_fits(scale, hardware):
+    r = replace(recipe(scale), micro_batch_tokens=16384)
+    (warning,) = plan(r, hardware).warnings
+    offered = int(warning.split("micro_batch_tokens=")[1].split()[0])
+    assert not plan(replace(r, micro_batch_tokens=offered), hardware).warnings
+    assert plan(replace(r, micro_batch_tokens=offered + 1024), hardware).warnings
+
+
+def test_a_model_too_large_for_any_micro_batch_is_said_to_be():
+    assert "shared among several devices" in plan(recipe("2.7b"), "16gb").warnings[0]
+
+
+def test_another_vocabulary_is_warned_of_until_tokens_are_given():
+    assert "vocabulary of 2,048" in plan(recipe("tiny")).warnings[0]
+    given = plan(recipe("tiny"), tokens_per_document={"pubmed": 400, "c4": 600, "wikipedia": 900})
+    assert not given.warnings and given.origin == "Tokens per document as given"
+
+
+def test_it_shows_itself_everywhere_with_its_warnings():
+    made = plan(recipe("1.3b", steps=600), "24gb")
+    for page in (str(made), made._repr_html_(), made._repr_markdown_()):
+        assert "1,343,757,312" in page and all(warning in page for warning in made.warnings) and len(made.warnings) == 2
+    assert "unknown" in str(plan(recipe("tiny")))
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: plan(recipe("tiny", steps=None)), "neither steps nor sequences"),
+    (lambda: plan(recipe("130m"), "tpu"), "h100, 24gb, 16gb, cpu"),
+    (lambda: plan(recipe("130m"), utilization=0), "utilization=0"),
+    (lambda: plan(recipe("130m"), devices=0), "devices=0"),
+    (lambda: plan(recipe("130m"), devices=1.5), "devices=1.5"),
+    (lambda: plan(recipe("130m"), tokens_per_document={"c4": -3}), r"\['c4'\] is -3"),
+    (lambda: plan(recipe("130m"), tokens_per_document={"c4": float("nan")}), "is nan"),
+    (lambda: plan(recipe("130m", mixture={"patents": 1.0})), "patents")])
+def test_bad_input_gets_one_sentence(call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        call()
+
+
+def test_planning_loads_nothing():
+    code = ("import sys; from biomamba.plan import plan; from biomamba.runs import recipe; str(plan(recipe('2.7b'))); "
+            "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
