@@ -57,7 +57,7 @@ results: cpt ## copy the finished run's pictures into figures/
 	$(NOTEBOOKS) figures runs/tiny
 
 docs: ## build the documentation site in _docs/
-	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" docs
+	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,docs
 	rm -rf _proc _docs
 	$(PY) -c "from nbdev.serve import proc_nbs; proc_nbs()"
 	cp _quarto.yml _proc/

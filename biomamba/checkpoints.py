@@ -44,7 +44,7 @@ def _refuse_other_models(
         if config.get(key, plain) != plain:
             raise UserError(f"{where} sets {key} to {config[key]!r}: that is a hybrid of Mamba-2, and only the plain model with {key} = {plain!r} is supported")
 
-# %% ../nbs/06c_checkpoints.ipynb #a571b2d0
+# %% ../nbs/06c_checkpoints.ipynb #6ccbcea2
 def config_from_state_spaces(
     config: dict,              # config.json of mamba-ssm
     where: Path = Path("."),   # for error messages
@@ -58,16 +58,16 @@ def config_from_state_spaces(
         num_heads=ssm["expand"] * config["d_model"] // ssm["headdim"], **{SSM_NAMES[k]: v for k, v in ssm.items()},
         tie_word_embeddings=config.get("tie_embeddings", True), residual_in_fp32=config.get("residual_in_fp32", True),
         eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, layer_norm_epsilon=1e-5, initializer_range=0.02,
-        rescale_prenorm_residual=False, tokenizer_entries=entries)
+        rescale_prenorm_residual=False, tokenizer_entries=entries, pad_vocab_size_multiple=multiple)
 
-# %% ../nbs/06c_checkpoints.ipynb #3a189072
+# %% ../nbs/06c_checkpoints.ipynb #86638a9e
 def config_to_state_spaces(
     config: Mamba2Config,
 ) -> dict:  # config.json of mamba-ssm
     "transformers' configuration in mamba-ssm's words."
     rows = config.vocab_size
     entries = getattr(config, "tokenizer_entries", None) or rows
-    multiple = next((m for m in (16, 8, 32, 64, 128, 1) if -(-entries // m) * m == rows), None)
+    multiple = next((m for m in (getattr(config, "pad_vocab_size_multiple", 16), 16, 8, 32, 64, 128, 1) if -(-entries // m) * m == rows), None)
     if multiple is None: entries, multiple = rows, 1
     ssm = {k: getattr(config, name) for k, name in SSM_NAMES.items()}
     return dict(d_model=config.hidden_size, d_intermediate=0, n_layer=config.num_hidden_layers, vocab_size=entries,
@@ -167,7 +167,7 @@ def read_config(
     if kind != "mamba2": raise UserError(f"{folder / 'config.json'} describes neither a Mamba-2 of transformers nor one of mamba-ssm: model_type is {kind!r}, and there is no d_model")
     return Mamba2Config.from_pretrained(folder), False
 
-# %% ../nbs/06c_checkpoints.ipynb #99e62c3d
+# %% ../nbs/06c_checkpoints.ipynb #2b81e257
 @contextlib.contextmanager
 def _reading(
     file: Path,
@@ -176,8 +176,11 @@ def _reading(
     try: yield
     except FileNotFoundError: raise UserError(f"{file} is missing, though the folder's index names it") from None
     except SafetensorError as e: raise UserError(f"{file} is damaged or cut short ({e}); fetch or copy it again") from None
-    except pickle.UnpicklingError: raise UserError(f"{file} is a pickle that holds more than tensors and could run code, so it is not read; ask for the model as safetensors") from None
-    except (RuntimeError, EOFError) as e: raise UserError(f"{file} is damaged or cut short ({str(e).splitlines()[0]}); fetch or copy it again") from None
+    except PermissionError as e: raise UserError(f"{file} may not be read ({e.strerror})") from None
+    except pickle.UnpicklingError as e:
+        if "Unsupported" not in str(e): raise UserError(f"{file} is not a file of weights; fetch it again (a pointer of git-lfs looks like this)") from None
+        raise UserError(f"{file} is a pickle that holds more than tensors and could run code, so it is not read; ask for the model as safetensors") from None
+    except (RuntimeError, EOFError, OSError) as e: raise UserError(f"{file} is damaged or cut short ({str(e).splitlines()[0]}); fetch or copy it again") from None
 
 # %% ../nbs/06c_checkpoints.ipynb #91b64b2d
 def weight_files(

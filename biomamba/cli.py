@@ -12,16 +12,15 @@ from pathlib import Path
 from . import __version__
 from .runs import UserError, as_dict, given, project_root, read_metrics, recipe, run_dir_for
 
-# %% ../nbs/90_cli.ipynb #ed2ced1d
+# %% ../nbs/90_cli.ipynb #590a0591
 def notebook(
     name: str,   # "10_cpt"
 ) -> Path:
-    "A run notebook: the checkout's, or the one that was installed with the library."
-    near = project_root() / "nbs" / f"{name}.ipynb"
-    if near.is_file(): return near
-    installed = Path(__file__).parent / "notebooks" / f"{name}.ipynb"
-    if not installed.is_file(): raise UserError(f"notebook {name} is neither in {near.parent} nor in {installed.parent}; a checkout or an installed biomamba is accepted")
-    return installed
+    "A run notebook: the checkout's, the one installed with the library, or that of an editable install."
+    places = [project_root() / "nbs", Path(__file__).parent / "notebooks", Path(__file__).parent.parent / "nbs"]
+    found = [place / f"{name}.ipynb" for place in places if (place / f"{name}.ipynb").is_file()]
+    if not found: raise UserError(f"notebook {name} is in none of {', '.join(map(str, places))}; a checkout or an installed biomamba is accepted")
+    return found[0]
 
 # %% ../nbs/90_cli.ipynb #3ff14643
 def add_parameters(
@@ -42,7 +41,7 @@ def typed(
     "Text from the command line, as papermill would read it."
     return {name: int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value for name, value in parameters.items()}
 
-# %% ../nbs/90_cli.ipynb #1127fb35
+# %% ../nbs/90_cli.ipynb #9cbcb132
 def run_notebook(
     name: str,          # of a run notebook
     parameters: dict,
@@ -54,7 +53,7 @@ def run_notebook(
     output = folder / f"{name}.ipynb"
     folder.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(str(notebook(name)), str(output), parameters=parameters, cwd=os.getcwd(), progress_bar=False,
-                                    kernel_name="python3", stderr_file=sys.stderr)
+                                    kernel_name="python3", stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as error:
         if error.ename == "UserError": raise UserError(error.evalue) from None
         raise

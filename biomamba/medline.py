@@ -6,14 +6,16 @@
 __all__ = ['LARGEST', 'AHEAD', 'RECORDS', 'SETS', 'START', 'BETWEEN', 'KNOWN', 'SIGNED_NUMBER', 'PATTERNS', 'NAMED', 'OPERATORS',
            'PARSER', 'NO_LABEL', 'YEAR', 'BLOCK', 'DELETED', 'HEAD', 'Window', 'pieces_of', 'take_comment', 'take_junk',
            'take_record', 'with_namespaces', 'in_utf8', 'text_of', 'flatten', 'raised', 'local', 'formula', 'grouped',
-           'parse', 'section', 'title_of', 'year_of', 'facts_of', 'document_of', 'identity', 'Revisions', 'number_of',
-           'find_revisions', 'note_piece', 'deleted', 'split_again', 'record_items', 'medline_items', 'is_set']
+           'parse', 'section', 'title_of', 'year_of', 'facts_of', 'document_of', 'citation', 'identity', 'Revisions',
+           'number_of', 'find_revisions', 'note_piece', 'deleted', 'split_again', 'record_items', 'medline_items',
+           'is_set']
 
-# %% ../nbs/02b_medline.ipynb #560f9170
+# %% ../nbs/02b_medline.ipynb #b753457b
 import codecs, io, re
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lxml import etree
@@ -247,41 +249,39 @@ def title_of(
     title = text_of(element)
     return "" if title.strip("[]. ").lower() == "not available" else title
 
-# %% ../nbs/02b_medline.ipynb #ce5afb1f
+# %% ../nbs/02b_medline.ipynb #09d4a9f1
 YEAR = re.compile(r"\b(1[5-9]\d\d|20\d\d)\b")
 
 def year_of(
     date,  # PubDate or another date, or None
 ) -> int | None:
     "The first year that a date names, be it '1998 Dec-1999 Jan'."
-    found = None if date is None else YEAR.search(" ".join(date.itertext()))
+    found = None if date is None else YEAR.search(date.findtext("Year") or " ".join(date.itertext()))
     return int(found[1]) if found else None
 
-# %% ../nbs/02b_medline.ipynb #7b85a26d
+# %% ../nbs/02b_medline.ipynb #b9febc60
 def facts_of(
     record,   # MedlineCitation or BookDocument
     article,  # its Article; a BookDocument itself
 ) -> dict:
     "What is kept of a record beside its text."
-    book = record.find("Book")
-    journal = article.find("Journal") if book is None else None
-    if book is not None: year, name = year_of(book.find("PubDate")), text_of(book.find("BookTitle"))
-    else:
-        year = None if journal is None else year_of(journal.find("JournalIssue/PubDate"))
-        name = "" if journal is None else text_of(journal.find("Title"))
-    year = year or year_of(article.find("ArticleDate"))
-    language = ",".join(filter(None, map(text_of, article.iterchildren("Language"))))
-    facts = {"year": year, "journal": name or text_of(record.find("MedlineJournalInfo/MedlineTA")), "language": language}
-    return {key: value for key, value in facts.items() if value} | ({"book": True} if book is not None else {})
+    book, journal = article.find("Book"), article.find("Journal")
+    date = journal.find("JournalIssue/PubDate") if journal is not None else book.find("PubDate") if book is not None else None
+    name = journal.find("Title") if journal is not None else book.find("BookTitle") if book is not None else None
+    facts = {"year": year_of(date) or year_of(article.find("ArticleDate")),
+             "journal": text_of(name) or text_of(record.find("MedlineJournalInfo/MedlineTA")),
+             "language": ",".join(filter(None, map(text_of, article.findall("Language")))), "book": book is not None}
+    return {key: value for key, value in facts.items() if value}
 
-# %% ../nbs/02b_medline.ipynb #9c162cf6
+# %% ../nbs/02b_medline.ipynb #26599184
 def document_of(
     root,         # of a record
     source: str,
+    number: tuple[int, int] | None = None,  # its PMID and version, where they are known
 ) -> Document | Skip:
     "The document of a parsed record."
-    record = root if root.tag in ("MedlineCitation", "BookDocument") else next(root.iterchildren("MedlineCitation", "BookDocument"), root)
-    pmid, version = identity(record)
+    record = citation(root)
+    pmid, version = number or identity(record)
     if not pmid: return Skip("no PMID")
     article = record if record.tag == "BookDocument" else record.find("Article")
     if article is None: return Skip("no Article")
@@ -292,7 +292,15 @@ def document_of(
     meta = facts_of(record, article) | {"abstract": bool(sections)} | ({"version": version} if version != 1 else {})
     return Document(str(pmid), text, source, meta)
 
-# %% ../nbs/02b_medline.ipynb #b4d55709
+# %% ../nbs/02b_medline.ipynb #ed564669
+def citation(
+    root,  # PubmedArticle, PubmedBookArticle, or what is within them
+):  # -> MedlineCitation or BookDocument
+    "The element that holds a record's PMID."
+    if root.tag in ("MedlineCitation", "BookDocument"): return root
+    return next(root.iterchildren("MedlineCitation", "BookDocument"), root)
+
+# %% ../nbs/02b_medline.ipynb #566cba39
 def identity(
     record,  # an element with a child PMID
 ) -> tuple[int, int]:  # PMID (0 where there is none) and version
@@ -302,58 +310,48 @@ def identity(
     whole = re.fullmatch(r"0*([1-9][0-9]{0,8})", pmid)
     return int(whole[1]) if whole else 0, int(version) if re.fullmatch("[0-9]{1,3}", version) else 1
 
-# %% ../nbs/02b_medline.ipynb #adeb3808
+# %% ../nbs/02b_medline.ipynb #011a05a1
 BLOCK, DELETED = 1024, 0xFFFF
 
 @dataclass
 class Revisions:
     "Which of the records with one PMID counts."
-    blocks: dict[int, array]           # PMID // BLOCK → number of the last file, from 1; 0: never seen
-    versions: dict[int, int]           # PMID → highest version, where above 1
-    copies: dict[tuple[int, int], int] # (PMID, file) → how often, where repeated
+    blocks: dict[int, array] = field(default_factory=dict)   # PMID // BLOCK → number of the file that counts, from 1; 0: never seen
+    versions: dict[int, int] = field(default_factory=dict)   # PMID → version that counts, where it is not 1
+    turns: dict[int, int] = field(default_factory=dict)      # PMID → which of its records in the file counts, where not the first
 
     def last(self, pmid: int) -> int:
         block = self.blocks.get(pmid // BLOCK)
         return block[pmid % BLOCK] if block else 0
 
-    def note(self, pmid: int, file: int) -> None:
+    def note(self, pmid: int, file: int, version: int = 1, turn: int = 1) -> None:
         block = self.blocks.get(pmid // BLOCK)
         if block is None: block = self.blocks[pmid // BLOCK] = array("H", bytes(2 * BLOCK))
         block[pmid % BLOCK] = file
+        for kept, value in ((self.versions, version), (self.turns, turn)):
+            if value != 1: kept[pmid] = value
+            elif kept: kept.pop(pmid, None)
 
-# %% ../nbs/02b_medline.ipynb #e66a5f10
-def _see(self, pmid: int, version: int, file: int) -> None:
-    "A record with this number stands in file number `file`."
-    best = self.versions.get(pmid, 1)
-    if version < best: return
-    if version > best:
-        self.versions[pmid] = version
-        self.copies.pop((pmid, file), None)
-    elif self.last(pmid) == file: self.copies[pmid, file] = self.copies.get((pmid, file), 1) + 1
-    self.note(pmid, file)
+# %% ../nbs/02b_medline.ipynb #11361965
+def _see(self, pmid: int, version: int, file: int, turn: int) -> None:
+    "File number `file` holds a record with this number, its `turn`-th there."
+    if version >= self.versions.get(pmid, 1): self.note(pmid, file, version, turn)
 
-def _delete(self, pmid: int, version: int, file: int) -> None:
+def _delete(self, pmid: int, version: int) -> None:
     "The record is withdrawn, unless it has a higher version."
-    if version >= self.versions.get(pmid, 1):
-        self.copies.pop((pmid, file), None)
-        self.note(pmid, DELETED)
+    if version >= self.versions.get(pmid, 1): self.note(pmid, DELETED)
 
-Revisions.see, Revisions.delete = _see, _delete
-
-# %% ../nbs/02b_medline.ipynb #b095c11f
-def _outdated(self, pmid: int, version: int, file: int) -> str:
-    "Why a record does not count; '' when it does. To be asked once per record, in order."
-    last = self.last(pmid)
+def _outdated(self, pmid: int, version: int, file: int, turn: int) -> str:
+    "Why a record does not count; '' when it does."
+    last, best = self.last(pmid), self.versions.get(pmid, 1)
     if last == DELETED: return "deleted"
-    if version < self.versions.get(pmid, 1): return "an older version"
+    if last and version < best: return "an older version"
     if last not in (0, file): return "revised in a later file"
-    left = self.copies.get((pmid, file), 1)
-    if left > 1: self.copies[pmid, file] = left - 1
-    return "repeated later in the file" if left > 1 else ""
+    return "repeated later in the file" if last and turn != self.turns.get(pmid, 1) else ""
 
-Revisions.outdated = _outdated
+Revisions.see, Revisions.delete, Revisions.outdated = _see, _delete, _outdated
 
-# %% ../nbs/02b_medline.ipynb #95c40215
+# %% ../nbs/02b_medline.ipynb #002546ee
 HEAD = re.compile(rb"""(?:<(?:PubmedArticle|PubmedBookArticle)(?:\s[^>]*)?>\s*)?<(?:MedlineCitation|BookDocument)(?:\s[^>]*)?>\s*<PMID(?:\s+Version\s*=\s*["'](\d{1,3})["'])?\s*>\s*0*([1-9]\d{0,8})\s*</PMID>""")
 
 def number_of(
@@ -362,33 +360,36 @@ def number_of(
     "Which record it is, without parsing it where possible."
     if head := HEAD.match(piece): return int(head[2]), int(head[1] or 1)
     root = parse(piece)
-    if isinstance(root, Skip): return 0, 1
-    return identity(root if root.find("PMID") is not None else next(root.iterchildren("MedlineCitation", "BookDocument"), root))
+    return (0, 1) if isinstance(root, Skip) else identity(citation(root))
 
-# %% ../nbs/02b_medline.ipynb #44cf7561
+# %% ../nbs/02b_medline.ipynb #ca744bad
 def find_revisions(
     paths: Iterable[Path],  # all files of the set, oldest first
 ) -> Revisions:
     "The first pass over a set of files: which record counts."
-    revisions, paths = Revisions({}, {}, {}), list(paths)
+    revisions, paths = Revisions(), list(paths)
     if len(paths) >= DELETED: raise UserError(f"{len(paths):,} XML files are too many for one set; fewer than {DELETED:,} are accepted")
     for file, path in enumerate(progress(paths, desc="finding revisions", unit=" files"), 1):
+        seen = Counter()
         try:
-            for kind, piece in pieces_of(in_utf8(chunks(path))): note_piece(revisions, kind, piece, file)
+            for kind, piece in pieces_of(in_utf8(chunks(path))): note_piece(revisions, kind, piece, file, seen)
         except BrokenFile: pass  # the second pass comes to the same place and reports it there, after what it read
     return revisions
 
-# %% ../nbs/02b_medline.ipynb #0f373aa6
+# %% ../nbs/02b_medline.ipynb #a914bc9e
 def note_piece(
     revisions: Revisions,
     kind: str,
     piece: bytes,
-    file: int,  # number of the file in the set, from 1
+    file: int,      # number of the file in the set, from 1
+    seen: Counter,  # how often each PMID was seen in the file so far
 ) -> None:
     "Remember what one piece of a file says about which record counts."
     if kind.startswith("Delete"):
-        for pmid, version in deleted(piece): revisions.delete(pmid, version, file)
-    elif kind and (found := number_of(piece))[0]: revisions.see(*found, file)
+        for pmid, version in deleted(piece): revisions.delete(pmid, version)
+    elif kind and (number := number_of(piece))[0]:
+        seen[number[0]] += 1
+        revisions.see(*number, file, seen[number[0]])
 
 # %% ../nbs/02b_medline.ipynb #a833e43c
 def deleted(
@@ -408,39 +409,40 @@ def split_again(
     places = [found.start() for found in inner.finditer(piece)]
     return [piece[start:end] for start, end in zip(places, [*places[1:], len(piece)])]
 
-# %% ../nbs/02b_medline.ipynb #59de8c73
+# %% ../nbs/02b_medline.ipynb #c59d502a
 def record_items(
     kind: str,
     piece: bytes,
     source: str,
-    revisions: Revisions,
-    file: int,  # number of the file in the set, from 1
+    outdated: Callable[[int, int], str],  # PMID and version → why the record does not count
 ) -> Iterator[Document | Skip]:
     "The document of a record, or of each record in a damaged piece."
-    parts = []
+    swallowed = []
     if not kind: yield Skip("text between records")
     elif kind.startswith("Delete"):
-        if parts := split_again(kind, piece): yield Skip("a damaged DeleteCitation")
+        if swallowed := split_again(kind, piece): yield Skip("a damaged DeleteCitation")
     else:
         number = number_of(piece)
-        why = revisions.outdated(*number, file) if number[0] else ""
+        why = outdated(*number) if number[0] else ""
         root = Skip(why, corrupt=False) if why else parse(piece)
-        yield root if isinstance(root, Skip) else document_of(root, source)
-        if isinstance(root, Skip): parts = split_again(kind, piece)[1:]
-    for part in parts: yield from record_items(START.match(part)[1].decode(), part, source, revisions, file)
+        yield root if isinstance(root, Skip) else document_of(root, source, number)
+        if isinstance(root, Skip): swallowed = split_again(kind, piece)[1:]
+    for part in swallowed: yield from record_items(START.match(part)[1].decode(), part, source, outdated)
 
-# %% ../nbs/02b_medline.ipynb #5851bdfe
+# %% ../nbs/02b_medline.ipynb #aa702c8c
 def medline_items(
     path: Path,
     source: str,
-    revisions: Revisions,
-    file: int = 1,  # number of the file in the set, from 1
+    revisions: Revisions,  # of the set
+    file: int = 1,         # number of the file in the set, from 1
 ) -> Iterator[tuple[int, Document | Skip]]:  # record number within the file, from 1
     "The records of a file of MEDLINE or PubMed XML."
-    position = 0
+    position, seen = 0, Counter()
+    def outdated(pmid, version):
+        seen[pmid] += 1
+        return revisions.outdated(pmid, version, file, seen[pmid])
     for kind, piece in pieces_of(in_utf8(chunks(path))):
-        for item in record_items(kind, piece, source, revisions, file):
-            yield (position := position + 1), item
+        for item in record_items(kind, piece, source, outdated): yield (position := position + 1), item
     if not position and not is_set(path): raise BrokenFile("is no MEDLINE or PubMed XML: no record was found in it")
 
 # %% ../nbs/02b_medline.ipynb #b43ae048

@@ -292,7 +292,7 @@ def published(
         sequences_per_step=a3["effective batch"], layer_decay=a3["layer-wise decay"],
         peak_memory_gb=a3["peak memory per GPU"], learning_rate=a4["learning rate"], steps=a4["steps"], **_shared())
 
-# %% ../nbs/00_paper.ipynb #39763701
+# %% ../nbs/00_paper.ipynb #304cfdea
 DISAGREEMENTS = Table("sources", "Where text, tables and code disagree about the recipe",
     ("topic", "text or table", "authors' code", "here"), ("", "", "", ""),
     (("mixture", "80 : 10 : 10 %, beside counts of 424K : 42K : 42K", "C4 and Wikipedia each 10 % of the PubMed count",
@@ -313,7 +313,7 @@ DISAGREEMENTS = Table("sources", "Where text, tables and code disagree about the
      ("end of document", "not said", "no end token", "`<|endoftext|>` before and after; `paper` adds none")),
     source="Our reading of the paper's text and of the published code")
 
-# %% ../nbs/00_paper.ipynb #fa0ad120
+# %% ../nbs/00_paper.ipynb #ec24a9c7
 def steps_per_epoch(
     sequences: int,          # rows of the corpus, N
     per_device: int,         # sequences of a micro-batch on one GPU
@@ -326,7 +326,7 @@ def steps_per_epoch(
     micro_batches = share // per_device if drop_last else math.ceil(share / per_device)
     return math.ceil(micro_batches / accumulation)
 
-# %% ../nbs/00_paper.ipynb #bb308524
+# %% ../nbs/00_paper.ipynb #23c707c5
 @cache
 def possible_sequences(
     dropping: tuple[str, ...] = (),  # scales whose loader dropped the last micro-batch
@@ -343,7 +343,7 @@ def possible_sequences(
     assert fits == list(range(fits[0], fits[-1] + 1))
     return fits[0], fits[-1]
 
-# %% ../nbs/00_paper.ipynb #5106b3fb
+# %% ../nbs/00_paper.ipynb #17ea2a03
 def shares(
     counts: dict[str, float],  # name -> amount, not all zero
 ) -> dict[str, float]:         # name -> share of the sum, in [0, 1]
@@ -352,7 +352,7 @@ def shares(
     if not total > 0: raise ValueError(f"Shares need a positive sum; these amounts sum to {total}.")
     return {name: count / total for name, count in counts.items()}
 
-# %% ../nbs/00_paper.ipynb #96620803
+# %% ../nbs/00_paper.ipynb #815018ba
 def relative_changes(
     source: str,          # "PubMed", "Wikipedia" or "C4"
 ) -> dict[str, float]:    # scale -> adapted / base - 1; negative is better

@@ -7,28 +7,27 @@ __all__ = ['TOKENS_PER_DOCUMENT', 'TOKENS_ORIGIN', 'HARDWARE', 'parameters', 'op
            'linear_weights', 'scan_flops', 'training_flops', 'activation_bytes', 'memory_parts', 'Hardware',
            'find_hardware', 'run_hours', 'Plan', 'plan']
 
-# %% ../nbs/09a_plan.ipynb #917d306a
+# %% ../nbs/09a_plan.ipynb #1564ba3e
 import math
 from dataclasses import dataclass, replace
 
 from .paper import Table, parameter_counts, published
-from .runs import Recipe, UserError, ema_decay
+from .runs import Recipe, UserError, ema_decay, steps_of
 
-# %% ../nbs/09a_plan.ipynb #1a1834d7
+# %% ../nbs/09a_plan.ipynb #20dee52f
 def parameters(recipe: Recipe) -> dict[str, int]:  # part -> parameters, and their "total"
     "Parameters of a recipe's model, part by part."
     names = "d_model layers vocabulary state head_dim expand groups conv".split()
     return parameter_counts(**{name: getattr(recipe, name) for name in names})
 
-# %% ../nbs/09a_plan.ipynb #25a174b7
+# %% ../nbs/09a_plan.ipynb #f4e817af
 def optimizer_steps(recipe: Recipe) -> int:
     "Optimizer steps of a run."
-    if recipe.steps is not None: return recipe.steps
-    if recipe.sequences is None:
+    if recipe.steps is None and recipe.sequences is None:
         raise UserError("The recipe has neither steps nor sequences; give one of them, or plan after the corpus is built.")
-    return math.ceil(recipe.sequences / recipe.sequences_per_step) * recipe.epochs
+    return steps_of(recipe, recipe.sequences)
 
-# %% ../nbs/09a_plan.ipynb #9b45ec83
+# %% ../nbs/09a_plan.ipynb #4bd2ebec
 def sequences_seen(recipe: Recipe) -> int:  # a sequence counts once per epoch
     "Sequences that a run trains on."
     steps, batch = optimizer_steps(recipe), recipe.sequences_per_step
@@ -36,12 +35,12 @@ def sequences_seen(recipe: Recipe) -> int:  # a sequence counts once per epoch
     epochs, rest = divmod(steps, math.ceil(recipe.sequences / batch))
     return epochs * recipe.sequences + rest * batch
 
-# %% ../nbs/09a_plan.ipynb #608a7845
+# %% ../nbs/09a_plan.ipynb #875b5d55
 TOKENS_PER_DOCUMENT = {"pubmed": 289, "c4": 390, "wikipedia": 1024}  # tokens of the GPT-NeoX tokenizer
 TOKENS_ORIGIN = ("GPT-NeoX tokens per document, cut at 1,024: PubMed 289, the mean of title and abstract over 3,857 records; "
                  "C4 390, the mean of 800 documents (481 uncut); Wikipedia 1,024, an article that fills its row")
 
-# %% ../nbs/09a_plan.ipynb #58f54f92
+# %% ../nbs/09a_plan.ipynb #fb4ccf13
 def mean_tokens(
     recipe: Recipe,
     tokens_per_document: dict[str, float] | None = None,  # source -> tokens; None: `TOKENS_PER_DOCUMENT`
@@ -54,13 +53,13 @@ def mean_tokens(
     if bad: raise UserError(f"tokens_per_document[{bad[0]!r}] is {tokens[bad[0]]}; a number above 0 is accepted.")
     return sum(share * min(tokens[source], recipe.max_tokens) for source, share in recipe.mixture.items())
 
-# %% ../nbs/09a_plan.ipynb #6c7ebefc
+# %% ../nbs/09a_plan.ipynb #af384dce
 def linear_weights(recipe: Recipe) -> int:
     "Weights that take part in a matrix product, the tied head included."
     counts = parameters(recipe)
     return counts["in_proj"] + counts["out_proj"] + counts["embedding"]
 
-# %% ../nbs/09a_plan.ipynb #94224f3d
+# %% ../nbs/09a_plan.ipynb #356aae78
 def scan_flops(
     recipe: Recipe,
     chunk: int = 256,  # Q: tokens of a chunk
@@ -69,7 +68,7 @@ def scan_flops(
     inner = recipe.expand * recipe.d_model
     return recipe.layers * 2 * (chunk * recipe.state * recipe.groups + chunk * inner + 2 * recipe.state * inner)
 
-# %% ../nbs/09a_plan.ipynb #51b5dc7b
+# %% ../nbs/09a_plan.ipynb #4aac8214
 def training_flops(
     recipe: Recipe,
     tokens: float,  # tokens that are computed, padding included
@@ -77,7 +76,7 @@ def training_flops(
     "FLOPs of forward and backward over so many tokens."
     return (6 * linear_weights(recipe) + 3 * scan_flops(recipe)) * tokens
 
-# %% ../nbs/09a_plan.ipynb #3cc75db2
+# %% ../nbs/09a_plan.ipynb #80cd2d24
 def activation_bytes(
     recipe: Recipe,
     kernels: bool = True,  # whether the fused CUDA kernels run
@@ -88,7 +87,7 @@ def activation_bytes(
     kept = recipe.layers * (4 * recipe.d_model + width * (recipe.d_model + projected + inner))
     return kept if kernels else 2 * kept
 
-# %% ../nbs/09a_plan.ipynb #bb512db9
+# %% ../nbs/09a_plan.ipynb #e1f09499
 def memory_parts(
     recipe: Recipe,
     kernels: bool = True,      # whether the fused CUDA kernels run
@@ -103,7 +102,7 @@ def memory_parts(
     parts["logits of one chunk"] = 10 * recipe.vocabulary * min(logits_tokens, recipe.micro_batch_tokens)
     return {name: size / 1e9 for name, size in parts.items()}
 
-# %% ../nbs/09a_plan.ipynb #17add06d
+# %% ../nbs/09a_plan.ipynb #729e951b
 @dataclass(frozen=True)
 class Hardware:
     "One device: its memory and its peak speed, where known."
@@ -112,14 +111,14 @@ class Hardware:
     peak_tflops_bf16: float | None  # dense matrix products, 10¹² FLOPs a second; None: unknown, no hours
     kernels: bool = True            # whether the fused CUDA kernels run there
 
-# %% ../nbs/09a_plan.ipynb #92356fa8
+# %% ../nbs/09a_plan.ipynb #910fe86d
 HARDWARE: dict[str, Hardware] = {
     "h100": Hardware("H100 80 GB", 80, 989.4),             # the authors' card (Table A1)
     "24gb": Hardware("24 GB card (RTX 4090)", 24, 165.2),
     "16gb": Hardware("16 GB card (RTX 4080)", 16, 97.5),
     "cpu": Hardware("CPU", None, None, kernels=False)}
 
-# %% ../nbs/09a_plan.ipynb #123a558b
+# %% ../nbs/09a_plan.ipynb #fd3f4460
 def find_hardware(
     hardware: Hardware | str | None,  # a device, a key of `HARDWARE`, or None
     recipe: Recipe,
@@ -131,7 +130,7 @@ def find_hardware(
         raise UserError(f"Hardware {name!r} is unknown; {', '.join(HARDWARE)} or a Hardware(name, memory_gb, peak_tflops_bf16) is accepted.")
     return HARDWARE[name]
 
-# %% ../nbs/09a_plan.ipynb #5b995ba0
+# %% ../nbs/09a_plan.ipynb #05f3eb3c
 def run_hours(
     flops: float,
     recipe: Recipe,
@@ -143,7 +142,7 @@ def run_hours(
     if hardware.peak_tflops_bf16 is None or recipe.precision != "bf16": return None
     return flops / (hardware.peak_tflops_bf16 * 1e12 * utilization * devices) / 3600
 
-# %% ../nbs/09a_plan.ipynb #7029a089
+# %% ../nbs/09a_plan.ipynb #9810da8f
 def _average_warning(recipe: Recipe) -> list[str]:
     "Says how much of the exported average would still be the base model, if that is over 5 %."
     steps = optimizer_steps(recipe)
@@ -152,7 +151,7 @@ def _average_warning(recipe: Recipe) -> list[str]:
     return [f"After {steps:,} steps the moving average (decay {decay:g}) would still be {decay**steps:.0%} base model; "
             f"ema_decay={max(0.0, 1 - 6 / steps):.4g} keeps the paper's ratio of memory to run."]
 
-# %% ../nbs/09a_plan.ipynb #69d0c29f
+# %% ../nbs/09a_plan.ipynb #901d9bfe
 def _memory_warning(recipe: Recipe, hardware: Hardware) -> list[str]:
     "Says what does not fit, and what would."
     parts = memory_parts(recipe, hardware.kernels)
@@ -164,14 +163,14 @@ def _memory_warning(recipe: Recipe, hardware: Hardware) -> list[str]:
     if fits >= recipe.max_tokens: return [begin + f"micro_batch_tokens={fits // 256 * 256} or less would fit."]
     return [begin + f"without any activations it is still {states:.0f} GB, which must be shared among several devices."]
 
-# %% ../nbs/09a_plan.ipynb #1dc21d09
+# %% ../nbs/09a_plan.ipynb #2899b9c3
 def _tokens_warning(recipe: Recipe, given: dict | None) -> list[str]:
     "Says that the default tokens per document were counted with another tokenizer."
     if recipe.vocabulary == published("130m")["vocabulary"] or set(recipe.mixture) <= set(given or {}): return []
     return [f"Tokens per document were counted with the GPT-NeoX tokenizer; the recipe's vocabulary of {recipe.vocabulary:,} "
             "cuts the same text into more tokens. A built corpus knows its own count."]
 
-# %% ../nbs/09a_plan.ipynb #5cafa563
+# %% ../nbs/09a_plan.ipynb #0f1d4215
 @dataclass(frozen=True)
 class Plan:
     "What a run will take, and what to beware of."
@@ -198,7 +197,7 @@ class Plan:
     def _repr_html_(self) -> str: return _table(self)._repr_html_() + _warnings(self, "<p><b>Warning</b> ")
     def __str__(self) -> str: return _text(self)
 
-# %% ../nbs/09a_plan.ipynb #81c96ea4
+# %% ../nbs/09a_plan.ipynb #91dc62b5
 def _amount(number: float) -> str:  # 186 million, 2.4e19
     "A large number in three digits."
     if number >= 1e15: return f"{number:.2e}".replace("e+", "e")
@@ -206,18 +205,18 @@ def _amount(number: float) -> str:  # 186 million, 2.4e19
         if number >= size: return f"{number / size:.3g} {name}"
     return f"{number:,.0f}"
 
-# %% ../nbs/09a_plan.ipynb #8ff9fc45
+# %% ../nbs/09a_plan.ipynb #57697e79
 def _duration(hours: float | None) -> str:
     "Hours as text; minutes below one hour."
     if hours is None: return "unknown"
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
 
-# %% ../nbs/09a_plan.ipynb #df9a0b7a
+# %% ../nbs/09a_plan.ipynb #878fc2cd
 def _size(gb: float) -> str:  # of 10⁹ bytes
     "Memory as text; megabytes below one gigabyte."
     return f"{1000 * gb:,.0f} MB" if gb < 1 else f"{gb:.1f} GB"
 
-# %% ../nbs/09a_plan.ipynb #558c0a4e
+# %% ../nbs/09a_plan.ipynb #55caed5a
 def _table(plan: Plan) -> Table:
     "A plan as a table of three columns: the quantity, without padding, padded as published."
     same = lambda name, value: (name, value, value)
@@ -233,12 +232,12 @@ def _table(plan: Plan) -> Table:
         note=f"Memory is per device, for micro-batches of {plan.recipe.micro_batch_tokens:,} tokens "
              + ("with the fused kernels" if plan.hardware.kernels else "without the fused kernels"))
 
-# %% ../nbs/09a_plan.ipynb #4d0962cf
+# %% ../nbs/09a_plan.ipynb #9f5e19de
 def _warnings(plan: Plan, lead: str) -> str:
     "All warnings, each after `lead`."
     return "".join(lead + warning for warning in plan.warnings)
 
-# %% ../nbs/09a_plan.ipynb #3e54b4b5
+# %% ../nbs/09a_plan.ipynb #7477eed4
 def _text(plan: Plan) -> str:
     "A plan as aligned text."
     table = _table(plan)
@@ -247,13 +246,13 @@ def _text(plan: Plan) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([table.title, "", *lines, "", table.source + ".", table.note + "."]) + _warnings(plan, "\nWarning: ")
 
-# %% ../nbs/09a_plan.ipynb #d9d87b09
+# %% ../nbs/09a_plan.ipynb #c57bbd67
 def _check_machine(devices: int, utilization: float) -> None:
     "Refuse a share of the peak outside (0, 1] and a count of devices below one."
     if not 0 < utilization <= 1: raise UserError(f"utilization={utilization}; a share of the peak above 0 and up to 1 is accepted.")
     if not isinstance(devices, int) or devices < 1: raise UserError(f"devices={devices!r}; a whole number from 1 is accepted.")
 
-# %% ../nbs/09a_plan.ipynb #13314174
+# %% ../nbs/09a_plan.ipynb #8e1c314e
 def plan(
     recipe: Recipe,
     hardware: Hardware | str | None = None,               # a device or a key of `HARDWARE`; None: see `find_hardware`

@@ -175,7 +175,7 @@ def _forward(
     arrived = C.transpose(1, 2) @ states[:, :-1].reshape(rows, G, -1, R * P)
     return y.addcmul_(arrived.transpose(1, 2).reshape(x.shape), d.arrive.unsqueeze(-1)), states
 
-# %% ../nbs/06a_ssd.ipynb #56e46ecb
+# %% ../nbs/06a_ssd.ipynb #3eb8bc9b
 def within_chunks_backward(
     dy: Tensor,     # gradient of the outputs, (rows, Q, G, R, P)
     xdt: Tensor,    # Δ x, (rows, Q, G, R, P)
@@ -192,7 +192,7 @@ def within_chunks_backward(
     for k in _slabs(len(s), 2 * s[0, 0].numel() * Q * Q):
         L = decay_matrix(s[k], pairs[k] if len(pairs) > 1 else pairs)
         b, c, dyh = B[k].transpose(1, 2), C[k].transpose(1, 2), _heads_first(dy[k]).contiguous()
-        dG = (dyh @ _heads_first(xdt[k]).transpose(-1, -2)).mul_(L).sum(2)
+        dG = (dyh @ _heads_first(xdt[k]).contiguous().transpose(-1, -2)).mul_(L).sum(2)
         M = L.mul_((c @ b.transpose(-1, -2)).unsqueeze(2))
         u[k] += (M.transpose(-1, -2) @ dyh).permute(0, 3, 1, 2, 4)
         dB[k] += dG.transpose(-1, -2) @ c
@@ -260,7 +260,7 @@ def _backward(saved: tuple, dy: Tensor, last: Tensor | None) -> tuple[Tensor, ..
     dD = (dy * x).sum((0, 1, 4))
     return dx, xu, da, dB.transpose(1, 2), dC.transpose(1, 2), dD, grads[:, 0]
 
-# %% ../nbs/06a_ssd.ipynb #9176fcf1
+# %% ../nbs/06a_ssd.ipynb #213fbfcd
 class ChunkScan(torch.autograd.Function):
     "The four steps with their gradient; every tensor already cut into chunks."
 
@@ -278,9 +278,10 @@ class ChunkScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, last):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            if dy is None: dy = torch.zeros_like(ctx.saved_tensors[6])
-            *grads, initial = _backward(ctx.saved_tensors, dy, last)
+        saved = ctx.saved_tensors  # read once, or recomputing activations fails
+        with torch.autocast(saved[0].device.type, enabled=False):
+            if dy is None: dy = torch.zeros_like(saved[0])
+            *grads, initial = _backward(saved, dy, last)
             return *grads, initial if ctx.has_initial else None, None, None
 
 # %% ../nbs/06a_ssd.ipynb #559bfaaf
@@ -400,41 +401,42 @@ def _conv_sum(
         y[:, :k].addcmul_(window[:, K - 1 - k:][:, :T], weight[:, -1 - k])
     return y
 
-# %% ../nbs/06a_ssd.ipynb #365a3427
+# %% ../nbs/06a_ssd.ipynb #b9cc9461
 class CausalConv(torch.autograd.Function):
     "The convolution and its SiLU, keeping only its input."
 
     @staticmethod
     def forward(ctx, x, weight, bias, seq_idx, window):
-        same = _lags(x.shape[1], weight.shape[1], seq_idx, x)
+        same = _lags(x.shape[1], weight.shape[1], seq_idx, weight)
         ctx.save_for_backward(x, weight, bias, seq_idx, window)
-        return F.silu(_conv_sum(x, weight, bias, window, same), inplace=True)
+        return F.silu(_conv_sum(x.to(weight.dtype), weight, bias, window, same), inplace=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, seq_idx, window = ctx.saved_tensors
-        same = _lags(x.shape[1], weight.shape[1], seq_idx, x)
+        dtype, x, same = x.dtype, x.to(weight.dtype), _lags(x.shape[1], weight.shape[1], seq_idx, weight)
         dz = torch.ops.aten.silu_backward(dy.contiguous(), _conv_sum(x, weight, bias, window, same))
         dx, dw = dz * weight[:, -1], torch.zeros_like(weight)
-        dw[:, -1] = torch.einsum("btc,btc->c", dz, x)
+        dw[:, -1] = (dz * x).sum((0, 1))
         for k, m in enumerate(same, 1):
             dzk = dz[:, k:] if m is None else dz[:, k:] * m
             dx[:, :-k].addcmul_(dzk, weight[:, -1 - k])
-            dw[:, -1 - k] = torch.einsum("btc,btc->c", dzk, x[:, :-k])
+            dw[:, -1 - k] = (dzk * x[:, :-k]).sum((0, 1))
         for k in range(1, weight.shape[1] if window is not None else 1):
             dw[:, -1 - k] += (dz[:, :k] * window[:, weight.shape[1] - 1 - k:][:, :x.shape[1]]).sum((0, 1))
-        return dx, dw, None if bias is None else dz.sum((0, 1)), None, None
+        return dx.to(dtype), dw, None if bias is None else dz.sum((0, 1)), None, None
 
-# %% ../nbs/06a_ssd.ipynb #a0adc5b4
+# %% ../nbs/06a_ssd.ipynb #a6a8320b
 def causal_conv(
     x: Tensor,                      # (batch, T, channels)
     weight: Tensor,                 # (channels, K), the last column for the token itself
     bias: Tensor | None = None,     # (channels)
     seq_idx: Tensor | None = None,  # (batch, T), number of the document
     window: Tensor | None = None,   # (batch, K - 1, channels): inputs before the first, of document 0; not differentiated
-) -> Tensor:                        # (batch, T, channels) as x
+) -> Tensor:                        # (batch, T, channels), at least fp32
     "Depthwise causal convolution and SiLU that never looks across a document's start."
     assert window is None or seq_idx is None, "a row that goes on from a window holds one document"
+    real = lambda v: None if v is None else v.to(torch.promote_types(x.dtype, torch.float32))
     with torch.autocast(x.device.type, enabled=False):
-        return CausalConv.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), seq_idx, window)
+        return CausalConv.apply(x, real(weight), real(bias), seq_idx, real(window))

@@ -216,16 +216,16 @@ def oracle_survivors(files):
 
 @FUZZ
 @given(st.lists(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 1, 1, 2, 3, -1])), min_size=1, max_size=6), min_size=1, max_size=4))
+@example([[(1, 1), (1, -1), (1, 1)]])
+@example([[(1, 2)], [(1, -1), (1, 1)]])
 def test_survivors_of_any_history(tmp_path_factory, files):
-    folder, unversioned = tmp_path_factory.mktemp("set"), all(v in (1, -1) for f in files for _, v in f)
+    folder = tmp_path_factory.mktemp("set")
     for n, entries in enumerate(files):
         write(folder / f"{n}.xml", xml_set(*(delete(p) if v < 0 else article(p, f"{n} {place}", version=v) for place, (p, v) in enumerate(entries))))
-    best = oracle_survivors(files)
-    report = ReadReport()
+    best, report = oracle_survivors(files), ReadReport()
     try: found = list(read_documents(folder, "s", report=report))
-    except UserError as error: found, _ = [], pytest.fail(str(error)) if best and unversioned else None
-    assert len({d.id for d in found}) == len(found)
-    if unversioned: assert {d.id: d.text.split("\n")[0] for d in found} == {str(p): f"{n} {place}" for p, (_, n, place) in best.items()}
+    except UserError: found = []
+    assert sorted((d.id, d.text.split("\n")[0]) for d in found) == sorted((str(p), f"{n} {place}") for p, (_, n, place) in best.items())
     assert report.present == sum(v > 0 for f in files for _, v in f) == report.read + report.skipped.total()
 
 
@@ -464,6 +464,7 @@ def edits(pieces): return st.lists(st.tuples(st.floats(0, 1, exclude_max=True), 
 
 @FUZZ
 @given(edits(st.binary(min_size=1, max_size=8)), st.sampled_from([".jsonl.gz", ".jsonl.zst", ".parquet"]))
+@example([(0.51171875, "over", b"\x80")], ".parquet")
 def test_fuzz_packed_files(tmp_path_factory, changes, suffix):
     folder, texts = tmp_path_factory.getbasetemp(), [f"text {i}" for i in range(50)]
     plain, buffer = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode(), io.BytesIO()
@@ -556,7 +557,7 @@ def test_real_medline_equals_a_plain_walk(name, count):
         assert title in squeezed and all(part in squeezed for part in parts)
         assert len(squeezed) <= len(title) + sum(map(len, parts)) + sum(map(len, re.findall(r"^.*?: ", d.text, re.M))) or d.meta.get("book")
         assert 1800 < d.meta["year"] < 2100 and d.meta["language"]
-    if count == 177: assert {d.meta["language"] for d in found} > {"eng", "fre", "ger"} and {d.meta["abstract"] for d in found} == {True, False}
+    if count == 177: assert {d.meta["language"] for d in found} > {"eng", "fre", "chi"} and {d.meta["abstract"] for d in found} == {True, False}
 
 
 @real

@@ -21,7 +21,7 @@ LINES, MOST_LINES = 400, 450  # exported lines of a room: a warning, an error
 # Name of a distribution where it is not the name of the module that it installs.
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 # Requirements that no module imports, and why they are needed all the same.
-UNIMPORTED = {"ipykernel": "papermill starts it"}
+UNIMPORTED = {"ipykernel": "papermill starts it", "ipywidgets": "tqdm warns in every notebook without it"}
 
 
 def settings() -> dict[str, str]:

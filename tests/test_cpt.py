@@ -1,0 +1,237 @@
+"Continued pretraining from end to end: the same twice, from anywhere, and one sentence for every mistake."
+import ast
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from biomamba.runs import UserError
+from biomamba.sample import sample_documents
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 400, "max_tokens": 128, "sequences_per_step": 4,
+         "evaluations": 2, "validation_documents": 4, "base_steps": 4, "micro_batch_tokens": 512, "learning_rate": 1e-2}
+SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
+VOLATILE = {"seconds", "tokens_per_second"}
+
+
+def write_source(folder: Path, documents: list[dict]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "texts.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    "A small corpus folder."
+    folder = tmp_path_factory.mktemp("texts")
+    for name, n in SIZES.items():
+        write_source(folder / name, [{"id": d.id, "text": d.text} for d in sample_documents(name, n)])
+    return folder
+
+
+def cells() -> tuple[list[str], str, list[str]]:
+    "The notebook's code: before the parameters, the parameters, after them."
+    nb = nbformat.read(ROOT / "nbs" / "10_cpt.ipynb", 4)
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    at = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
+    return [c.source for c in code[:at]], code[at].source, [c.source for c in code[at + 1:]]
+
+
+def run(**parameters) -> dict:
+    "Run the notebook's cells in this process, as papermill would; returns its names."
+    before, defaults, after = cells()
+    injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
+    names = {"In": [""], "__name__": "__main__"}
+    for source in [*before, defaults, injected, *after]:
+        names["In"].append(source)
+        exec(compile(ast.parse(source), "<cell>", "exec"), names)
+    return names
+
+
+def stable(results: dict) -> dict:
+    "Results without times and rates."
+    return json.loads(json.dumps(results | {"training": {k: v for k, v in results["training"].items() if k not in VOLATILE}}))
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory) -> Path:
+    "A finished small run."
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    run(scale="tiny", corpus=str(texts), run_dir=str(folder), steps=6, seed=1, overrides=SMALL)
+    return folder
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+def test_results_hold_the_contract(finished):
+    results = results_of(finished)
+    assert {"scale", "seed", "recipe", "corpus_fingerprint", "versions", "perplexity", "change", "training", "environment"} <= set(results)
+    for model in ("base", "adapted"):
+        for source in SIZES:
+            figure = results["perplexity"][model][source]
+            assert figure["ci95"][0] <= figure["ppl"] <= figure["ci95"][1] and figure["tokens"] > 0 < figure["documents"] and figure["bits_per_byte"] > 0
+    assert set(results["change"]) == set(SIZES) and all({"relative", "ci95"} == set(c) for c in results["change"].values())
+    training = results["training"]
+    assert {"steps", "documents", "tokens", "best_step", "best_validation_loss", "seconds", "tokens_per_second"} <= set(training)
+    assert set(training["best_validation_loss"]) == {"selection", *SIZES} and training["steps"] == 6 and training["documents"] == 24
+    assert {"gpu", "driver", "cuda", "os", "python", "torch", "mamba_ssm", "transformers", "datasets"} == set(results["environment"])
+
+
+def test_metrics_have_a_line_per_step_and_per_validation(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all({"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"} <= set(line) for line in steps)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 3, 6]
+
+
+def test_stock_transformers_loads_the_model(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from biomamba.checkpoints import load_model
+
+    stock, tokenizer = AutoModelForCausalLM.from_pretrained(finished / "model"), AutoTokenizer.from_pretrained(finished / "model")
+    assert type(stock).__name__ == "Mamba2ForCausalLM"
+    ids = tokenizer("The patients were followed for 12 months.", return_tensors="pt")["input_ids"]
+    ours = load_model(finished)
+    with torch.no_grad():
+        assert (stock(ids).logits - ours(ids).logits).abs().max() < 1e-4
+    assert (tokenizer.eos_token_id, stock.generation_config.eos_token_id) == (0, 0)
+    assert "Limits" in (finished / "model" / "README.md").read_text()
+
+
+def test_the_same_seed_gives_the_same_results_and_another_does_not(finished, texts, tmp_path):
+    run(scale="tiny", corpus=str(texts), run_dir=str(tmp_path / "again"), steps=6, seed=1, overrides=SMALL)
+    run(scale="tiny", corpus=str(texts), run_dir=str(tmp_path / "other"), steps=6, seed=2, overrides=SMALL)
+    one, again, other = (stable(results_of(folder)) for folder in (finished, tmp_path / "again", tmp_path / "other"))
+    assert one == again
+    assert one["perplexity"]["base"] == other["perplexity"]["base"] and one["perplexity"]["adapted"] != other["perplexity"]["adapted"]
+
+
+def test_a_finished_run_is_returned_as_it_is(finished, texts):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.suffix in (".json", ".jsonl", ".safetensors")}
+    names = run(scale="tiny", corpus=str(texts), run_dir=str(finished), steps=6, seed=1, overrides=SMALL)
+    assert names["results"] == results_of(finished)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.parent.name != "figures" and "tokenizer" not in p.name)
+
+
+def test_the_root_and_nbs_mean_the_same_folder(monkeypatch):
+    from biomamba.runs import resolve
+    places = []
+    for folder in (ROOT, ROOT / "nbs"):
+        monkeypatch.chdir(folder)
+        places.append(resolve("runs/some"))
+    assert places == [ROOT / "runs" / "some"] * 2
+
+
+def test_plan_only_loads_nothing(monkeypatch):
+    import biomamba.checkpoints as checkpoints
+    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda *_: pytest.fail("a plan looked for a checkpoint"))
+    with pytest.raises(SystemExit) as stopped:
+        run(scale="2.7b", plan_only=True)
+    assert stopped.value.code == 0
+
+
+# ---------------------------------------------------------------- mistakes
+
+def refused(*parts: str, **parameters) -> str:
+    with pytest.raises(UserError) as caught:
+        run(**parameters)
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+    return message
+
+
+def test_unknown_scale():
+    refused("'8b'", "tiny, 130m", scale="8b")
+
+
+def test_unknown_parameter():
+    refused("'sede'", "did you mean 'seed'", sede=1)
+
+
+def test_unknown_recipe_field():
+    refused("'learning_rat'", "did you mean 'learning_rate'", overrides={"learning_rat": 1})
+
+
+@pytest.mark.parametrize("parameters, part", [
+    (dict(steps=0), "steps=0"), (dict(steps="many"), "steps='many'"), (dict(seed=-1), "seed=-1"),
+    (dict(mixture={"pubmed": 0.7}), "sum to 1"), (dict(mixture="half"), "mixture='half'"),
+    (dict(overrides={"precision": "fp8"}), "precision='fp8'"), (dict(overrides={"clip": 0}), "clip=0"),
+])
+def test_values_out_of_range(parameters, part):
+    refused(part, "accepted", **parameters)
+
+
+def test_processes_out_of_range(texts, tmp_path):
+    refused("processes=0", "accepted", corpus=str(texts), run_dir=str(tmp_path / "r"), overrides=SMALL, processes=0)
+
+
+def test_missing_corpus_folder(tmp_path):
+    refused(str(tmp_path / "nowhere"), "'sample'", corpus=str(tmp_path / "nowhere"))
+
+
+def test_corpus_without_a_source(texts, tmp_path):
+    shutil.copytree(texts / "pubmed", tmp_path / "pubmed")
+    refused("no folder 'c4/'", "it has pubmed", corpus=str(tmp_path))
+
+
+def broken(texts: Path, folder: Path, documents: list[dict]) -> str:
+    "A copy of the corpus whose c4 is something else."
+    for name in ("pubmed", "wikipedia"):
+        shutil.copytree(texts / name, folder / name)
+    write_source(folder / "c4", documents)
+    return str(folder)
+
+
+def test_empty_source(texts, tmp_path):
+    corpus = broken(texts, tmp_path / "c", [])
+    refused("c4", corpus=corpus, overrides=SMALL)
+
+
+def test_all_duplicates(texts, tmp_path):
+    text = next(sample_documents("c4", 1)).text
+    corpus = broken(texts, tmp_path / "c", [{"id": str(i), "text": text} for i in range(60)])
+    refused("'c4' has 1 documents after cleaning", corpus=corpus, overrides=SMALL)
+
+
+def test_too_few_documents_for_the_held_out_sets(texts, tmp_path):
+    corpus = broken(texts, tmp_path / "c", [{"id": d.id, "text": d.text} for d in sample_documents("c4", 9)])
+    refused("'c4' has 9 documents", "at least 12", corpus=corpus, overrides=SMALL)
+
+
+def test_too_few_documents_for_the_mixture(texts):
+    refused("the mixture needs", "there are", corpus=str(texts), overrides=SMALL | {"sequences": 5000})
+
+
+def test_truncated_file(texts, tmp_path):
+    corpus = Path(broken(texts, tmp_path / "c", []))
+    whole = gzip.compress((texts / "c4" / "texts.jsonl").read_bytes())
+    (corpus / "c4" / "texts.jsonl").unlink()
+    (corpus / "c4" / "texts.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    refused("texts.jsonl.gz", corpus=str(corpus), overrides=SMALL)
+    assert not list(Path(os.environ["BIOMAMBA_CACHE"]).glob("collections/.*")), "a half-built collection was left behind"
+
+
+def test_run_dir_of_another_recipe(finished, texts):
+    refused("belongs to another run", "recipe.learning_rate", corpus=str(texts), run_dir=str(finished), steps=6, seed=1, overrides=SMALL | {"learning_rate": 2e-2})
+
+
+def test_run_dir_that_is_a_file(texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("is a file", corpus=str(texts), run_dir=str(tmp_path / "file"), steps=6, overrides=SMALL)
+
+
+def test_a_checkpoint_out_of_reach(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = refused("state-spaces/mamba2-780m", "tiny", scale="780m")
+    assert "model" in message
