@@ -53,8 +53,9 @@ export: setup ## write the library's modules from the notebooks
 readme: setup ## write README.md from nbs/index.ipynb
 	$(NOTEBOOKS) readme
 
-results: cpt ## copy the finished run's pictures into figures/
-	$(NOTEBOOKS) figures runs/tiny
+results: cpt ## draw the finished runs into figures/; the same results give the same bytes
+	mkdir -p runs/learning_curves
+	$(BIN)/papermill nbs/13_learning_curves.ipynb runs/learning_curves/13_learning_curves.ipynb -k python3 -p run_dir figures
 
 docs: ## build the documentation site in _docs/
 	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,docs

@@ -7,7 +7,6 @@
     python .ci/notebooks.py check                stored outputs belong to the code cells and are fit to publish
     python .ci/notebooks.py gate                 all checks; changes nothing
     python .ci/notebooks.py library              a pattern that matches the library notebooks, for nbdev_test
-    python .ci/notebooks.py figures RUN          copy a finished run's pictures into figures/
 """
 import argparse
 import hashlib
@@ -290,18 +289,6 @@ def library_pattern(folder: Path) -> str:
     return rf"^({'|'.join(map(re.escape, names))})\.ipynb$"
 
 
-def figures(run: Path) -> int:
-    "Copy the pictures of a finished run to figures/RUN-NAME; equal pictures are not written again."
-    pictures = sorted(path for path in (run / "figures").glob("*") if path.suffix in {".png", ".svg"})
-    if not (run / "results.json").exists() or not pictures:
-        print(f"{run} holds no finished run with pictures: `make cpt` makes one in runs/tiny", file=sys.stderr)
-        return 1
-    for path in pictures:
-        target = ROOT / "figures" / f"{run.name}-{path.name}"
-        print(f"{'wrote' if write(target, path.read_bytes()) else 'unchanged'} {relative(target)}")
-    return 0
-
-
 def report(problems: list[str], what: str) -> int:
     "Print the problems, or that there are none; returns the exit code."
     for problem in problems:
@@ -316,7 +303,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nbs", type=Path, default=ROOT / "nbs", help="the folder of notebooks")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("outputs").add_argument("names", nargs="*")
-    verbs.add_parser("figures").add_argument("run", type=Path)
     for verb in ("export", "clean", "readme"):
         verbs.add_parser(verb).add_argument("--check", action="store_true", help="change nothing; fail where something would change")
     for verb in ("check", "gate", "library"):
@@ -338,7 +324,6 @@ def main() -> int:
         "clean": lambda: clean(args.nbs),
         "readme": readme,
         "outputs": lambda: outputs(args.nbs, args.names),
-        "figures": lambda: figures(args.run),
         "library": lambda: print(library_pattern(args.nbs)),
     }
     if args.verb == "gate":

@@ -6,14 +6,14 @@
 __all__ = ['z_statistic', 'draw_counts', 'p_text', 'compare_groups', 'study_facts', 'study', 'abstract', 'pubmedqa_question',
            'bioasq_question']
 
-# %% ../nbs/03e_abstracts.ipynb #9c34077e
+# %% ../nbs/03e_abstracts.ipynb #7ba2c1e4
 import math
 
 from .grammar import Terms, between, pick, pick_some, seeded
 from .lexicons import AREAS, LEXICONS
 from .studies import STUDY_GRAMMAR
 
-# %% ../nbs/03e_abstracts.ipynb #97e1bdf4
+# %% ../nbs/03e_abstracts.ipynb #40e1ae81
 _BANDS = {"yes": (2.1, 4.5), "no": (-0.9, 0.9), "maybe": (1.45, 1.85)}
 
 
@@ -27,7 +27,7 @@ def z_statistic(
     pooled = (e1 + e2) / (n1 + n2)
     return (e1 / n1 - e2 / n2) / math.sqrt(pooled * (1 - pooled) * (1 / n1 + 1 / n2))
 
-
+# %% ../nbs/03e_abstracts.ipynb #714aa33f
 def draw_counts(
     uniform,  # a stream of `seeded`
     answer: str,  # "yes", "no" or "maybe"
@@ -45,7 +45,7 @@ def draw_counts(
         if 0 < e1 < n1 and 0 < e2 < n2 and low <= sign * z_statistic(e1, n1, e2, n2) <= high:
             return e1, n1, e2, n2
 
-# %% ../nbs/03e_abstracts.ipynb #3ba2d4a4
+# %% ../nbs/03e_abstracts.ipynb #630d21e4
 def _ratio(
     log_ratio: float,  # natural logarithm of the ratio
     error: float,  # its standard error
@@ -63,7 +63,7 @@ def p_text(
         return "P > 0.99"
     return "P < 0.001" if p < 0.001 else f"P = {p:.3f}" if p < 0.1 else f"P = {p:.2f}"
 
-# %% ../nbs/03e_abstracts.ipynb #137d1dca
+# %% ../nbs/03e_abstracts.ipynb #86725dd6
 def compare_groups(
     e1: int,  # events in the first group
     n1: int,  # its size
@@ -79,7 +79,7 @@ def compare_groups(
         p1=f"{100 * e1 / n1:.1f}", p2=f"{100 * e2 / n2:.1f}", spec=f"{100 * rest2 / n2:.1f}", ppv=f"{100 * e1 / (e1 + e2):.1f}",
         rr=rr, low=low, high=high, odds=odds, odds_low=odds_low, odds_high=odds_high, p=p_text(z_statistic(e1, n1, e2, n2)))
 
-# %% ../nbs/03e_abstracts.ipynb #b19a84c3
+# %% ../nbs/03e_abstracts.ipynb #06c8c165
 _DISTINCT = dict(disease="diseases", drug="drugs", event="events", symptom="symptoms", exposure="exposures", test="tests", gene="genes")
 _SINGLE = dict(measure="measures", procedure="procedures", tissue="tissues")
 _SHARED = dict(comparator="comparators", country="countries", protein="proteins", process="processes", animal="animals", cell="cells",
@@ -102,7 +102,7 @@ def _topic_facts(
     facts["event2s"] = "cases of " + facts["event"]
     return facts
 
-# %% ../nbs/03e_abstracts.ipynb #9af4c22e
+# %% ../nbs/03e_abstracts.ipynb #acc8a4e2
 def _person_facts(
     uniform,  # a stream of `seeded`
     n: int,  # participants in all
@@ -117,7 +117,7 @@ def _person_facts(
         sent=f"{sent:,}", response=f"{100 * n / sent:.0f}", years=str(between(uniform, 19, 88)),
         person="woman" if woman else "man", pronoun="she" if woman else "he", rs=str(between(uniform, 10_000, 9_999_999)))
 
-# %% ../nbs/03e_abstracts.ipynb #12441605
+# %% ../nbs/03e_abstracts.ipynb #4b8191ea
 _COUNT_WORDS = "Five Six Seven Eight Nine Ten Eleven Twelve Thirteen Fourteen Fifteen Sixteen Seventeen Eighteen".split()
 
 
@@ -131,7 +131,7 @@ def _accuracy_counts(
     specificity = {"yes": 0.88 + 0.1 * uniform(), "no": 0.45 + 0.22 * uniform(), "maybe": 0.92 + 0.06 * uniform()}[answer]
     return round(n1 * sensitivity), n1, n2 - round(n2 * specificity), n2
 
-# %% ../nbs/03e_abstracts.ipynb #57b49599
+# %% ../nbs/03e_abstracts.ipynb #4cff331a
 def study_facts(
     uniform,  # a stream of `seeded`
     kind: str,  # a key of `_STUDIES`
@@ -152,7 +152,7 @@ def study_facts(
     facts["topic"] = facts["exposure"] if kind in ("cohort", "cases") else facts["gene"] if kind in ("genes", "lab") else facts["test"] if kind == "accuracy" else facts["drug"]
     return facts
 
-# %% ../nbs/03e_abstracts.ipynb #9dbee6a9
+# %% ../nbs/03e_abstracts.ipynb #507b19ff
 _COMMON = [("background", 2, 4)]
 _STUDIES = {
     "trial": (_COMMON + [("trial_aim", 1, 1)], [("trial_methods", 1, 1), ("trial_more", 2, 5), ("statistics", 0, 2)],
@@ -175,7 +175,7 @@ _STUDIES = {
                [("baseline", 1, 2), ("survey_result", 3, 4)], [("survey_end", 1, 2), ("further", 0, 2)]),
 }
 
-# %% ../nbs/03e_abstracts.ipynb #e557fba1
+# %% ../nbs/03e_abstracts.ipynb #582393ba
 def _say(
     uniform,  # a stream of `seeded`
     rule: str,  # a rule of the grammar
@@ -199,7 +199,7 @@ def _section(
     "One section of an abstract."
     return " ".join(s for rule, fewest, most in plan if (n := between(uniform, fewest, most)) for s in _say(uniform, rule, facts, n))
 
-# %% ../nbs/03e_abstracts.ipynb #5a699f5a
+# %% ../nbs/03e_abstracts.ipynb #6c221dfb
 _LABELS = [
     ("BACKGROUND", "METHODS", "RESULTS", "CONCLUSIONS"), ("OBJECTIVE", "METHODS", "RESULTS", "CONCLUSION"),
     ("PURPOSE", "MATERIALS AND METHODS", "RESULTS", "CONCLUSION"), ("BACKGROUND AND OBJECTIVES", "METHODS", "RESULTS", "CONCLUSIONS"),
@@ -211,7 +211,7 @@ _SHARES = [("trial", 16), ("cohort", 13), ("lab", 15), ("molecule", 12), ("case"
 _KINDS = [kind for kind, share in _SHARES for _ in range(share)]
 _ANSWERS = ["yes"] * 11 + ["no"] * 7 + ["maybe"] * 3
 
-# %% ../nbs/03e_abstracts.ipynb #3589eb12
+# %% ../nbs/03e_abstracts.ipynb #bfbc0d2d
 def _labels(
     uniform,  # a stream of `seeded`
     kind: str,  # a key of `_STUDIES`
@@ -221,7 +221,7 @@ def _labels(
         return ("",) * 4
     return _OTHER_LABELS.get(kind) or pick(uniform, _LABELS)
 
-
+# %% ../nbs/03e_abstracts.ipynb #e01a9aef
 def study(
     uniform,  # a stream of `seeded`
     kind: str,  # a key of `_STUDIES`
@@ -233,7 +233,7 @@ def study(
     sections = [_section(uniform, plan, facts) for plan in _STUDIES[kind]]
     return dict(kind=kind, answer=answer, facts=facts, title=title if title[-1] == "?" else title + ".", sections=sections)
 
-
+# %% ../nbs/03e_abstracts.ipynb #533de5ed
 def abstract(
     seed: int,  # which sample
     i: int,  # which record of it
@@ -245,7 +245,7 @@ def abstract(
     parts = [f"{label}: {text}" if label else text for label, text in zip(labels, found["sections"]) if text]
     return dict(title=found["title"], abstract=" ".join(parts), kind=found["kind"], answer=found["answer"])
 
-# %% ../nbs/03e_abstracts.ipynb #19f44fdc
+# %% ../nbs/03e_abstracts.ipynb #28916a83
 _ASKED = ["trial", "cohort", "cases", "accuracy", "genes"]
 _SECTIONS = ("BACKGROUND", "METHODS", "RESULTS")
 
@@ -273,7 +273,7 @@ def pubmedqa_question(
         MESHES=[facts[name].capitalize() for name in ("disease", "drug", "procedure")], YEAR=facts["stop"], reasoning_required_pred=answer,
         reasoning_free_pred=answer, final_decision=answer, LONG_ANSWER=found["sections"][3], synthetic=True)
 
-# %% ../nbs/03e_abstracts.ipynb #0ebef11c
+# %% ../nbs/03e_abstracts.ipynb #d22d9330
 def bioasq_question(
     seed: int,  # which sample
     i: int,  # which question of it

@@ -8,8 +8,8 @@ __all__ = ['SSM_DEFAULTS', 'SSM_NAMES', 'FILES', 'TOKENIZER', 'config_from_state
            'read_tensors', 'check_tensors', 'load_model', 'generation_config', 'load_tokenizer', 'save_model',
            'convert']
 
-# %% ../nbs/06c_checkpoints.ipynb #109b5c51
-import contextlib, json, os, pickle
+# %% ../nbs/06c_checkpoints.ipynb #6bfaef57
+import contextlib, json, os, pickle, zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def read_config(
     if kind != "mamba2": raise UserError(f"{folder / 'config.json'} describes neither a Mamba-2 of transformers nor one of mamba-ssm: model_type is {kind!r}, and there is no d_model")
     return Mamba2Config.from_pretrained(folder), False
 
-# %% ../nbs/06c_checkpoints.ipynb #2b81e257
+# %% ../nbs/06c_checkpoints.ipynb #3d9dee8a
 @contextlib.contextmanager
 def _reading(
     file: Path,
@@ -178,9 +178,9 @@ def _reading(
     except SafetensorError as e: raise UserError(f"{file} is damaged or cut short ({e}); fetch or copy it again") from None
     except PermissionError as e: raise UserError(f"{file} may not be read ({e.strerror})") from None
     except pickle.UnpicklingError as e:
-        if "Unsupported" not in str(e): raise UserError(f"{file} is not a file of weights; fetch it again (a pointer of git-lfs looks like this)") from None
+        if "global" not in str(e).lower(): raise UserError(f"{file} is not a file of weights; fetch it again (a pointer of git-lfs looks like this)") from None
         raise UserError(f"{file} is a pickle that holds more than tensors and could run code, so it is not read; ask for the model as safetensors") from None
-    except (RuntimeError, EOFError, OSError) as e: raise UserError(f"{file} is damaged or cut short ({str(e).splitlines()[0]}); fetch or copy it again") from None
+    except (RuntimeError, EOFError, OSError) as e: raise UserError(f"{file} is damaged or cut short ({(str(e).splitlines() or ['it is empty'])[0]}); fetch or copy it again") from None
 
 # %% ../nbs/06c_checkpoints.ipynb #91b64b2d
 def weight_files(
@@ -193,7 +193,7 @@ def weight_files(
     if found is None: raise UserError(f"{folder} holds a configuration but no weights: neither model.safetensors nor pytorch_model.bin")
     return [found]
 
-# %% ../nbs/06c_checkpoints.ipynb #7ce5176d
+# %% ../nbs/06c_checkpoints.ipynb #dfe4d67f
 def read_tensors(
     folder: Path,
 ) -> Iterator[tuple[str, Tensor]]:  # name as stored, tensor
@@ -203,7 +203,7 @@ def read_tensors(
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys(): yield name, f.get_tensor(name)
-            else: yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            else: yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
 
 # %% ../nbs/06c_checkpoints.ipynb #6dccd388
 def check_tensors(

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['VERBS', 'notebook', 'add_parameters', 'typed', 'run_notebook', 'cpt', 'plan', 'parse', 'main']
 
-# %% ../nbs/90_cli.ipynb #7ba6397c
+# %% ../nbs/90_cli.ipynb #baf1e1c9
 import argparse, json, os, sys
 from pathlib import Path
 
-from . import __version__
+import biomamba
 from .runs import UserError, as_dict, given, project_root, read_metrics, recipe, run_dir_for
 
-# %% ../nbs/90_cli.ipynb #590a0591
+# %% ../nbs/90_cli.ipynb #f0abafb7
 def notebook(
     name: str,   # "10_cpt"
 ) -> Path:
     "A run notebook: the checkout's, the one installed with the library, or that of an editable install."
-    places = [project_root() / "nbs", Path(__file__).parent / "notebooks", Path(__file__).parent.parent / "nbs"]
+    library = Path(biomamba.__file__).parent
+    places = [project_root() / "nbs", library / "notebooks", library.parent / "nbs"]
     found = [place / f"{name}.ipynb" for place in places if (place / f"{name}.ipynb").is_file()]
     if not found: raise UserError(f"notebook {name} is in none of {', '.join(map(str, places))}; a checkout or an installed biomamba is accepted")
     return found[0]
@@ -88,13 +89,13 @@ def plan(
 
 VERBS = {"cpt": cpt, "plan": plan}
 
-# %% ../nbs/90_cli.ipynb #f9ada383
+# %% ../nbs/90_cli.ipynb #ff968cef
 def parse(
     arguments: list[str],
 ) -> tuple[str, dict]:  # verb; parameters that were given
     "Read a command line."
     parser = argparse.ArgumentParser("biomamba", description="Adapt Mamba-2 language models to biomedical text.")
-    parser.add_argument("--version", action="version", version=f"biomamba {__version__}")
+    parser.add_argument("--version", action="version", version=f"biomamba {biomamba.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, function in VERBS.items(): add_parameters(verbs.add_parser(name, help=function.__doc__, description=function.__doc__), "10_cpt")
     read = vars(parser.parse_args(arguments))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DIAGNOSES', 'CHRONIC', 'PEOPLE', 'read_tables']
 
-# %% ../nbs/03b_conditions.ipynb #512ace09
+# %% ../nbs/03b_conditions.ipynb #15a17d8c
 from .lexicons import lexicon
 
-# %% ../nbs/03b_conditions.ipynb #5f5dde68
+# %% ../nbs/03b_conditions.ipynb #8b9c66e7
 _HEART_AND_LUNG = """
 acute on chronic systolic heart failure
   complaints: shortness of breath; leg swelling; dyspnea on exertion; weight gain
@@ -84,7 +84,7 @@ atrial fibrillation with rapid ventricular response
   service: CARDIOLOGY
 """
 
-# %% ../nbs/03b_conditions.ipynb #44a81a11
+# %% ../nbs/03b_conditions.ipynb #6a06fea8
 _BELLY_AND_BLOOD = """
 upper gastrointestinal bleeding from a duodenal ulcer
   complaints: black stools; hematemesis; lightheadedness; abdominal pain
@@ -160,7 +160,7 @@ acute kidney injury from dehydration
   service: MEDICINE
 """
 
-# %% ../nbs/03b_conditions.ipynb #3d763c0a
+# %% ../nbs/03b_conditions.ipynb #fbe73aab
 _NERVES_AND_BONES = """
 acute ischemic stroke of the left middle cerebral artery
   complaints: right-sided weakness; slurred speech; facial droop; difficulty finding words
@@ -236,7 +236,7 @@ alcohol withdrawal
   service: MEDICINE
 """
 
-# %% ../nbs/03b_conditions.ipynb #8ef27f66
+# %% ../nbs/03b_conditions.ipynb #d1a1a051
 def read_tables(
     text: str,  # a name at the margin, its lexicon indented under it
 ) -> dict[str, dict[str, list[str]]]:  # name -> class -> terms
@@ -253,7 +253,7 @@ def read_tables(
 
 DIAGNOSES = read_tables(_HEART_AND_LUNG + _BELLY_AND_BLOOD.lstrip("\n") + _NERVES_AND_BONES.lstrip("\n"))
 
-# %% ../nbs/03b_conditions.ipynb #5c5e2fbb
+# %% ../nbs/03b_conditions.ipynb #324138cb
 CHRONIC = dict(line.split(": ", 1) for line in """
 Hypertension: Lisinopril 20 mg PO DAILY
 Hyperlipidemia: Simvastatin 40 mg PO QPM
@@ -276,13 +276,13 @@ Rheumatoid arthritis: Hydroxychloroquine Sulfate 200 mg PO BID
 Glaucoma: Latanoprost 0.005% Ophth. Soln. 1 DROP BOTH EYES QHS
 Peripheral neuropathy: DULoxetine 30 mg PO DAILY
 Restless legs syndrome: Pramipexole 0.25 mg PO QHS
-Seasonal allergies: No Known Allergies / Adverse Drug Reactions; Codeine; latex; shellfish derived; peanut; adhesive tape; erythromycin base; nitrofurantoin; metronidazole; Compazine; nickel; bee venom
+Seasonal allergies: Loratadine 10 mg PO DAILY
 Vitamin B12 deficiency: Cyanocobalamin 1000 mcg PO DAILY
 Overactive bladder: Oxybutynin 5 mg PO BID
 """.strip().splitlines())
 PEOPLE = lexicon("""
 surgeries: s/p cholecystectomy; s/p appendectomy; s/p right knee replacement; s/p hysterectomy; s/p hernia repair; s/p cataract surgery; s/p tonsillectomy; s/p lumbar laminectomy
-allergies: No Known Allergies / Adverse Drug Reactions; Penicillins; Sulfa (Sulfonamide Antibiotics); Codeine; lisinopril; Iodine; latex; Aspirin; morphine; shellfish derived
+allergies: No Known Allergies / Adverse Drug Reactions; Codeine; latex; shellfish derived; peanut; adhesive tape; erythromycin base; nitrofurantoin; metronidazole; Compazine; nickel; bee venom
 kin: mother; father; brother; sister; maternal aunt; paternal grandfather; son; daughter
 kin_ills: coronary disease; breast cancer; diabetes; stroke; colon cancer; hypertension; dementia; alcoholism; lupus; lung cancer; asthma; kidney failure
 dispositions: Home; Home With Service; Extended Care; Home; Home

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['draw_labs', 'show_labs', 'admission_facts', 'write_note', 'patient_notes']
 
-# %% ../nbs/03h_discharge.ipynb #a9698927
+# %% ../nbs/03h_discharge.ipynb #8ae0ac80
 from datetime import datetime, timedelta
 
 from .conditions import CHRONIC, DIAGNOSES, PEOPLE
 from .grammar import Grammar, Terms, between, pick, pick_some, render_text, seeded
 
-# %% ../nbs/03h_discharge.ipynb #80da8ab0
+# %% ../nbs/03h_discharge.ipynb #49945cda
 _NOTE_TEXT = """
 hpi
   {Mr} ___ is a {age} year old {person} with [a history of |PMH significant for |]{past1} and {past2} who [presents|presented to the ED|is admitted|was transferred from an outside hospital] with {complaint}[ and {complaint2}|].
@@ -82,10 +82,10 @@ follow
   {clinic} [clinic|], Dr. ___, ___ [at|] {2-4}:{10-55} PM.
 """
 
-# %% ../nbs/03h_discharge.ipynb #3faad3a4
+# %% ../nbs/03h_discharge.ipynb #5a246030
 _NOTES = Grammar(_NOTE_TEXT.replace("||", "{newline}"))
 
-# %% ../nbs/03h_discharge.ipynb #b977f94c
+# %% ../nbs/03h_discharge.ipynb #1ae795ee
 _NORMAL = dict(WBC="4.6-9.8", Hgb="12.2-15.8", Plt="160-380", Glucose="82-99", UreaN="8-19", Creat="0.6-1.1", Na="136-144", K="3.6-4.8", Cl="98-106", HCO3="23-28")
 
 
@@ -98,7 +98,7 @@ def _value(
     digits = len(low.partition(".")[2])
     return f"{float(low) + (float(high) - float(low)) * uniform():.{digits}f}"
 
-# %% ../nbs/03h_discharge.ipynb #d02a17f6
+# %% ../nbs/03h_discharge.ipynb #3c412f24
 def _outside(
     name: str,  # a test
     value: str,  # its value
@@ -128,7 +128,7 @@ def show_labs(
     "Values as the notes print them."
     return " ".join(f"{name}-{value}{_outside(name, value)}" for name, value in labs.items())
 
-# %% ../nbs/03h_discharge.ipynb #70e4208d
+# %% ../nbs/03h_discharge.ipynb #36d6e402
 def _person(
     uniform,  # a stream of `seeded`
 ) -> dict:  # what stays the same from admission to admission
@@ -141,7 +141,7 @@ def _person(
         past=list(dict.fromkeys(past)), surgeries=pick_some(uniform, PEOPLE["surgeries"], between(uniform, 0, 2)), allergy=pick(uniform, PEOPLE["allergies"]),
         work=pick(uniform, PEOPLE["works"]), birth=between(uniform, 24, 88), kin=Terms(PEOPLE["kin"]), kin_ills=Terms(PEOPLE["kin_ills"]))
 
-# %% ../nbs/03h_discharge.ipynb #0d2f1138
+# %% ../nbs/03h_discharge.ipynb #691a3f90
 def _habits(
     uniform,  # a stream of `seeded`
     name: str,  # a key of DIAGNOSES
@@ -153,7 +153,7 @@ def _habits(
     drinks = "alcohol" in name or name == "acute pancreatitis"
     return dict(smoking=smoking, alcohol=pick(uniform, ["Heavy alcohol use until recently", "Drinks a pint of vodka most days"]) if drinks else alcohol)
 
-# %% ../nbs/03h_discharge.ipynb #70bfa70f
+# %% ../nbs/03h_discharge.ipynb #dc09fe87
 def admission_facts(
     uniform,  # a stream of `seeded`
     person: dict,  # of `_person`
@@ -173,14 +173,15 @@ def admission_facts(
         **_habits(uniform, name), procedure_done="No procedure was needed." if facts["procedure"] == "None" else f"You had this procedure: {facts['procedure'].lower()}.", past1=person["past"][0].lower(), past2=person["past"][1].lower(), service_l=table["service"][0].lower(), advice1=table["advice"][0], advice2=table["advice"][-1],
         temp=_value("97.4-102.1", uniform), hr=_value("64-122", uniform), bp=f"{_value('94-172', uniform)}/{_value('52-96', uniform)}", rr=_value("14-26", uniform), sat=_value("91-99", uniform))
 
-# %% ../nbs/03h_discharge.ipynb #5f506755
+# %% ../nbs/03h_discharge.ipynb #9d9e9e44
 def _exam(
     uniform,  # a stream of `seeded`
     facts: dict,  # of an admission
 ) -> str:  # examination on arrival and on leaving
     "The physical examination."
     lines = [_NOTES.render("exam_general", facts, uniform)]
-    lines += list(dict.fromkeys(_NOTES.render("exam_line", facts, uniform) for _ in range(between(uniform, 2, 5))))
+    found = {line.partition(":")[0]: line for line in (_NOTES.render("exam_line", facts, uniform) for _ in range(between(uniform, 2, 6)))}
+    lines += found.values()
     arrival = f"ADMISSION PHYSICAL EXAM:\nVS: {facts['temp']} {facts['bp']} {facts['hr']} {facts['rr']} {facts['sat']}%RA\n" + "\n".join(lines)
     leaving = f"DISCHARGE PHYSICAL EXAM:\nVS: {_value('97.2-98.9', uniform)} {_value('104-138', uniform)}/{_value('58-84', uniform)} {_value('60-88', uniform)} {_value('14-18', uniform)} {_value('95-99', uniform)}%RA"
     return f"{arrival}\nPertinent: {facts['sign1']}, {facts['sign2']}\n\n{leaving}\n{_NOTES.render('exam_general', facts, uniform)}"
@@ -197,14 +198,14 @@ def _course(
         lines.append(f"# {name}: " + _NOTES.render("chronic_line", facts | {"home": CHRONIC[name].split(" ")[0].lower()}, uniform))
     return "\n".join(lines)
 
-# %% ../nbs/03h_discharge.ipynb #938e4602
+# %% ../nbs/03h_discharge.ipynb #e3b58169
 def _numbered(
     lines: list[str],  # drugs or diagnoses
 ) -> str:  # numbered from 1
     "A numbered list."
     return "\n".join(f"{k}. {line}" for k, line in enumerate(lines, 1))
 
-
+# %% ../nbs/03h_discharge.ipynb #c9f7e98e
 def _studies(
     uniform,  # a stream of `seeded`
     facts: dict,  # of an admission
@@ -212,12 +213,12 @@ def _studies(
     "What imaging and other studies showed."
     return "\n".join(_NOTES.render("study_line", facts | {"each": facts[name]}, uniform) for name in ("studie1", "studie2"))
 
-
+# %% ../nbs/03h_discharge.ipynb #efa617a8
 _MIND = ["Clear and coherent", "Clear and coherent", "Confused - sometimes", "Clear, slow to answer"]
 _ALERTNESS = ["Alert and interactive", "Alert and interactive", "Lethargic but arousable", "Alert, at times drowsy"]
 _LIST_STATES = ["is accurate and complete", "may be inaccurate and requires further investigation", "was taken from the pharmacy"]
 
-
+# %% ../nbs/03h_discharge.ipynb #314f232c
 def write_note(
     uniform,  # a stream of `seeded`
     facts: dict,  # of an admission
@@ -241,7 +242,7 @@ def write_note(
             f"Service: {facts['service']}", f"Allergies: \n{facts['allergy']}", "Attending: ___."]
     return " \n" + "\n \n".join(head + [f"{name}:\n{text}" for name, text in sections.items()]) + "\n"
 
-# %% ../nbs/03h_discharge.ipynb #254f24c9
+# %% ../nbs/03h_discharge.ipynb #8ce6b1ea
 def _merge_drugs(
     home: list[str],  # what the patient takes
     new: list[str],  # what the stay adds

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['article_facts', 'article']
 
-# %% ../nbs/03g_encyclopedia.ipynb #c43df215
+# %% ../nbs/03g_encyclopedia.ipynb #90a4dbdc
 from .grammar import Grammar, between, pick, pick_some, seeded
 from .lexicons import LEXICONS
 from .webpages import count_words, draw_length, tell
 
-# %% ../nbs/03g_encyclopedia.ipynb #7ad75cf7
+# %% ../nbs/03g_encyclopedia.ipynb #7ddbb400
 _VOICE = """
 scholar
   [{givens} {surnames}|the {professions} {givens} {surnames}|{surnames}|the {lands} {professions} {surnames}|a contemporary {professions}|one {papers_s} critic]
@@ -35,7 +35,7 @@ general
   [It|This] is one of {2-60} [known|listed|surviving|recorded] [cases|examples|instances] in {land}[; the others are in {towns} and {towns}|].
 """
 
-# %% ../nbs/03g_encyclopedia.ipynb #e1949dc3
+# %% ../nbs/03g_encyclopedia.ipynb #2d766ab9
 _LIVES = """
 life_lead
   {first} {last} ({y1} - {death}) was a {land_adj} {profession} [and {professions}|known for [his|her] work on {subjects}|from {town}|and member of {parties}].
@@ -77,7 +77,7 @@ album_body
   [A tour|A concert] of {4-90} [dates|cities] [followed|was canceled], with {givens} {surnames} on {instruments}.
 """
 
-# %% ../nbs/03g_encyclopedia.ipynb #fc8ee1e4
+# %% ../nbs/03g_encyclopedia.ipynb #d7247c2e
 _LANDS = """
 town_lead
   {town} is a [town|village|market town|municipality|port] [in|of] the [north|south|east|west] of {land}, on the river {river}.
@@ -107,7 +107,7 @@ river_body
   [Geologically|In its upper course|Near its mouth], the bed [is|consists of] {stones} [over|and] {stones}[ laid down during {eras}|].
 """
 
-# %% ../nbs/03g_encyclopedia.ipynb #7f461250
+# %% ../nbs/03g_encyclopedia.ipynb #f5f4d810
 _NATURE = """
 species_lead
   {genus} {epithet} is a species of {taxon} [in the family {genera}idae|of the genus {genus}|endemic to {land}|found in {lands} and {lands}].
@@ -142,7 +142,7 @@ foods_e
   [oil|water|ink|mercury|milk]
 """
 
-# %% ../nbs/03g_encyclopedia.ipynb #2347dd7c
+# %% ../nbs/03g_encyclopedia.ipynb #80d7bc47
 _WARS = """
 ship_lead
   {last} was a {warship} [of|built for] the {land} navy, [launched|completed|laid down] in {y3}[ at {town}| and lost in {y4}|].
@@ -184,12 +184,12 @@ issues_e
   [land reform|tariffs|schools|railways|the franchise|pensions]
 """
 
-# %% ../nbs/03g_encyclopedia.ipynb #2cee01a1
+# %% ../nbs/03g_encyclopedia.ipynb #ed37d4e8
 _ARTICLES = Grammar(_VOICE + _LIVES + _LANDS + _NATURE + _WARS)
 _KINDS = [rule[: -len("_lead")] for rule in _ARTICLES.rules if rule.endswith("_lead")]
 _ARTICLES.alternatives(), _KINDS
 
-# %% ../nbs/03g_encyclopedia.ipynb #2e896ef8
+# %% ../nbs/03g_encyclopedia.ipynb #36fbe921
 _SINGLE = dict(first="givens", last="surnames", river="rivers", profession="professions", genre="genres", genus="genera", epithet="epithets",
                taxon="taxa", warship="warships", month="months", science="sciences", color="colors", stone="stones")
 _EPOCHS = dict(film=(1921, 1995), album=(1950, 2005), ship=(1862, 1938), party=(1850, 1990))
@@ -209,7 +209,7 @@ def _years(
     return dict(y1=str(y1), y2=str(y2), y3=str(y3), y4=str(death + between(uniform, 2, 12)), death=str(death), age=str(age), year=str(y3),
                 decade=f"{y3 // 10 * 10}s", century=f"{hundred}{ending}")
 
-# %% ../nbs/03g_encyclopedia.ipynb #5a819508
+# %% ../nbs/03g_encyclopedia.ipynb #3efaa7b4
 def article_facts(
     uniform,  # a stream of `seeded`
     kind: str,  # kind of article
@@ -226,7 +226,7 @@ def article_facts(
         day=str(between(uniform, 1, 28)), seats=str(between(uniform, 210, 500)), people=f"{people:,}", p_a=f"{round(people / growth):,}", p_b=f"{people:,}",
         land_adj=stem + "n" if stem.endswith("a") else stem + "ish", the_title=f"The {pick(uniform, _NOUNS)} of {title}")
 
-# %% ../nbs/03g_encyclopedia.ipynb #caf80f63
+# %% ../nbs/03g_encyclopedia.ipynb #7d791920
 _TITLES = dict(life="{first} {last}", film="{the_title}", album="{the_title} (album)", town="{town}, {land}", river="{river} (river)", species="{genus} {epithet}",
                science="{last} {science}", ship="{land} {warship} {last}", battle="Battle of {town}", party="{y3} {land} election")
 _HEADINGS = dict(life=["Early life", "Career", "Works", "Later years", "Legacy", "Views"], film=["Plot", "Cast", "Production", "Release", "Reception", "Music"],
@@ -253,7 +253,7 @@ def _subject(
         blocks += [f"== {headings[k]} ==", paragraph] if k in headings else [paragraph]
     return blocks
 
-# %% ../nbs/03g_encyclopedia.ipynb #15d4486c
+# %% ../nbs/03g_encyclopedia.ipynb #110198a9
 def article(
     seed: int,  # which sample
     i: int,  # which article of it

@@ -6,7 +6,7 @@
 __all__ = ['NARROWED', 'seeded', 'pick', 'between', 'pick_some', 'Fact', 'Terms', 'Number', 'parse', 'resolve_marks', 'Grammar',
            'render_text', 'frame', 'sentences', 'frame_shares', 'near_duplicates']
 
-# %% ../nbs/03c_grammar.ipynb #ed131cfa
+# %% ../nbs/03c_grammar.ipynb #31be0590
 import hashlib
 import random
 import re
@@ -14,7 +14,7 @@ import re
 from .conditions import CHRONIC, DIAGNOSES, PEOPLE
 from .lexicons import AREAS, LEXICONS
 
-# %% ../nbs/03c_grammar.ipynb #9e0ab4c1
+# %% ../nbs/03c_grammar.ipynb #95d0cd63
 def seeded(
     *key,  # what the stream depends on, e.g. source, seed, index
 ):  # a function without arguments: the next float in [0, 1)
@@ -22,7 +22,7 @@ def seeded(
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return random.Random(int.from_bytes(digest, "big")).random
 
-# %% ../nbs/03c_grammar.ipynb #d4990564
+# %% ../nbs/03c_grammar.ipynb #523a2f58
 def pick(
     uniform,  # a stream of `seeded`
     items,  # a sequence, not empty
@@ -39,7 +39,7 @@ def between(
     "A random whole number."
     return low + int(uniform() * (high - low + 1))
 
-# %% ../nbs/03c_grammar.ipynb #0ac64081
+# %% ../nbs/03c_grammar.ipynb #6797b4ce
 def pick_some(
     uniform,  # a stream of `seeded`
     items,  # a sequence
@@ -49,7 +49,7 @@ def pick_some(
     rest = list(items)
     return [rest.pop(int(uniform() * len(rest))) for _ in range(count)]
 
-# %% ../nbs/03c_grammar.ipynb #a1241e94
+# %% ../nbs/03c_grammar.ipynb #41f258d3
 class Fact(str):
     "The name of something that the document decides."
 
@@ -67,7 +67,7 @@ class Number(tuple):
         value = between(uniform, low, high)
         return f"{value / 10**digits:.{digits}f}" if digits else str(value)
 
-# %% ../nbs/03c_grammar.ipynb #cb76d8c9
+# %% ../nbs/03c_grammar.ipynb #6a9c65a7
 NARROWED = set(AREAS["cardiology"])
 _RANGE = re.compile(r"(\d+)(?:\.(\d+))?-(\d+)(?:\.(\d+))?$")
 
@@ -87,7 +87,7 @@ def _slot(
         return Number((int(low + low_digits), int(high + high_digits), len(low_digits)))
     return Fact(name)
 
-# %% ../nbs/03c_grammar.ipynb #2cde119d
+# %% ../nbs/03c_grammar.ipynb #7883b462
 _TOKEN = re.compile(r"\{[^{}]*\}|[\[\]|]|[^\[\]{}|]+")
 
 
@@ -109,7 +109,7 @@ def _sequence(
             parts.append(_slot(token[1:-1], rules) if token[0] == "{" else token)
     return tuple(reversed(parts))
 
-# %% ../nbs/03c_grammar.ipynb #7347f638
+# %% ../nbs/03c_grammar.ipynb #fe9e33e4
 def parse(
     text: str,  # rules in the notation above
 ) -> dict[str, list]:  # rule name -> its alternatives
@@ -125,7 +125,7 @@ def parse(
         assert not tokens, line
     return rules
 
-# %% ../nbs/03c_grammar.ipynb #2632a73f
+# %% ../nbs/03c_grammar.ipynb #73f3fc21
 def _fill(
     part,  # a string, list, tuple, Number or Fact
     facts: dict,  # fact name -> a string or any other part
@@ -145,19 +145,17 @@ def _fill(
             stack.extend(part)
         elif kind is Fact:
             stack.append(facts[part])
-            if facts[part].__class__ is str:
-                used.add(facts[part])
+            if facts[part].__class__ is str: used.add(facts[part])
         elif kind is Terms:
             at = int(uniform() * len(part))
-            while part[at] in used and at > -len(part):
-                at -= 1
+            while part[at] in used and at > -len(part): at -= 1
             used.add(part[at])
             out.append(part[at])
         else:
             out.append(part.draw(uniform))
     return "".join(out)
 
-# %% ../nbs/03c_grammar.ipynb #c597471d
+# %% ../nbs/03c_grammar.ipynb #06b90a2a
 _ARTICLE = re.compile(r"\b([Aa])~ (?=([\w-]*))")
 _VOWEL = re.compile(r"(?![Uu](?:ni(?![mn])|s[eu]|ti|r[ai]n)|[Ee]u|[Oo]nce|[Oo]ne|U[A-Z])[aeiouAEIOU]|8|1[18]\b|hour|honest|heir|[FHLMNRSX](?:[A-Z]|-|\d|\b)")
 _CAPITAL = re.compile(r"\^(\w)")
@@ -174,14 +172,11 @@ def resolve_marks(
         text = _CAPITAL.sub(lambda m: m[1].upper(), text)
     return _GAPS.sub("", text)
 
-# %% ../nbs/03c_grammar.ipynb #f2cb2199
+# %% ../nbs/03c_grammar.ipynb #851b64d2
 class Grammar:
     "Rules of English that the facts of a document complete."
 
-    def __init__(
-        self,
-        text: str,  # rules in the notation above; an article before a slot or a bracket adapts by itself
-    ):
+    def __init__(self, text: str):  # rules in the notation above; an article before a slot or bracket adapts by itself
         self.rules = parse(re.sub(r"\b([Aa])(\]?) (?=[\[{])", r"\1~\2 ", text))
 
     def render(
@@ -203,11 +198,11 @@ class Grammar:
         text = resolve_marks(_fill(part, facts, uniform))
         return text[:1].upper() + text[1:]
 
-    def alternatives(self) -> int:  # how many alternatives all rules have together
+    def alternatives(self) -> int:  # of all rules together
         "The size of the grammar."
         return sum(map(len, self.rules.values()))
 
-# %% ../nbs/03c_grammar.ipynb #d19e0bd8
+# %% ../nbs/03c_grammar.ipynb #a3381f09
 def render_text(
     text: str,  # one alternative in the notation, without facts
     uniform,  # a stream of `seeded`
@@ -217,7 +212,7 @@ def render_text(
         return text
     return resolve_marks(_fill(_sequence(_TOKEN.findall(text)[::-1], {}), {}, uniform))
 
-# %% ../nbs/03c_grammar.ipynb #902d8fee
+# %% ../nbs/03c_grammar.ipynb #08e9ffb4
 _WORD = re.compile(r"\d[\d.,]*\d|\d|[^\W\d_][\w'-]*|[^\w\s]")
 _SLOT = re.compile(r"\{[^}]*\}")
 
@@ -242,7 +237,7 @@ def _index_terms() -> dict[str, list[tuple[tuple, str]]]:
 
 _TERMS = _index_terms()
 
-# %% ../nbs/03c_grammar.ipynb #66a34efd
+# %% ../nbs/03c_grammar.ipynb #399487ae
 def _match_term(
     words: tuple[str, ...],  # of a sentence
     at: int,  # where the term would begin
@@ -265,7 +260,7 @@ def frame(
         at += taken
     return " ".join(parts)
 
-# %% ../nbs/03c_grammar.ipynb #43b73725
+# %% ../nbs/03c_grammar.ipynb #6ba17ccf
 _LABEL = re.compile(r"\b[A-Z][A-Z ,/()&-]{3,}: |^(?:\d+\.|#) ", re.M)
 _STOP = re.compile(r"(?<=[.?!])\s+(?=[\"A-Z0-9])|\n+")
 
@@ -290,7 +285,7 @@ def frame_shares(
     total = sum(counts.values())
     return sorted(((count / total, key) for key, count in counts.items()), reverse=True)
 
-# %% ../nbs/03c_grammar.ipynb #fcbc157b
+# %% ../nbs/03c_grammar.ipynb #f59151a1
 def _shingles(
     text: str,  # a document
     width: int = 5,  # words in a sequence

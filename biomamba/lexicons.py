@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['AREAS', 'LEXICONS', 'lexicon']
 
-# %% ../nbs/03a_lexicons.ipynb #de7fc289
+# %% ../nbs/03a_lexicons.ipynb #e9b1c88f
 from itertools import product
 
-# %% ../nbs/03a_lexicons.ipynb #0301d9c8
+# %% ../nbs/03a_lexicons.ipynb #fba95a18
 def lexicon(
     text: str,  # lines "name: term; term", indented lines continue the class above
 ) -> dict[str, list[str]]:  # class name -> its terms, in order, without repetition
@@ -21,7 +21,7 @@ def lexicon(
         classes[name] += [term.strip() for term in line.split(";") if term.strip()]
     return {name: list(dict.fromkeys(terms)) for name, terms in classes.items()}
 
-# %% ../nbs/03a_lexicons.ipynb #dfead316
+# %% ../nbs/03a_lexicons.ipynb #86284e9b
 _CARDIOLOGY = """
 diseases: heart failure; atrial fibrillation; acute myocardial infarction; stable angina; aortic stenosis; resistant hypertension; infective endocarditis; peripheral artery disease
   hypertrophic cardiomyopathy; pulmonary arterial hypertension; acute pericarditis; deep vein thrombosis
@@ -36,7 +36,7 @@ genes: MYH7; TTN; SCN5A; LMNA; KCNQ1; PCSK9; NPPA
 tissues: left ventricle; aortic valve; coronary endothelium; sinoatrial node; cardiac fibroblasts
 """
 
-# %% ../nbs/03a_lexicons.ipynb #8aebfe79
+# %% ../nbs/03a_lexicons.ipynb #2d060fec
 _ONCOLOGY = """
 diseases: breast cancer; non-small cell lung cancer; colorectal cancer; hepatocellular carcinoma; multiple myeloma; diffuse large B-cell lymphoma; pancreatic adenocarcinoma; glioblastoma
   ovarian cancer; metastatic melanoma; renal cell carcinoma; gastric cancer; prostate cancer; acute myeloid leukemia
@@ -51,7 +51,7 @@ genes: TP53; KRAS; EGFR; BRCA1; PIK3CA; BRAF; MYC; PTEN
 tissues: tumor stroma; resected specimens; metastatic lymph nodes; tumor organoids; bone marrow aspirates
 """
 
-# %% ../nbs/03a_lexicons.ipynb #d1f3f36c
+# %% ../nbs/03a_lexicons.ipynb #a2a3bb7a
 _NEUROLOGY = """
 diseases: Alzheimer disease; Parkinson disease; multiple sclerosis; focal epilepsy; migraine; acute ischemic stroke; myasthenia gravis; amyotrophic lateral sclerosis
   subarachnoid hemorrhage; restless legs syndrome; trigeminal neuralgia; Guillain-Barre syndrome
@@ -66,7 +66,7 @@ genes: APP; APOE; LRRK2; SNCA; SOD1; MAPT; GBA1
 tissues: hippocampal slices; substantia nigra; cortical neurons; spinal motor neurons; cerebrospinal fluid
 """
 
-# %% ../nbs/03a_lexicons.ipynb #73b62314
+# %% ../nbs/03a_lexicons.ipynb #a02465d4
 _INFECTION = """
 diseases: pulmonary tuberculosis; community-acquired pneumonia; urinary tract infection; sepsis; uncomplicated malaria; chronic hepatitis B; HIV infection; influenza; COVID-19
   Clostridioides difficile infection; bacterial meningitis; dengue fever; invasive candidiasis
@@ -81,7 +81,7 @@ genes: rpoB; mecA; CCR5; TLR4; katG; blaKPC; IFNL4
 tissues: sputum isolates; alveolar macrophages; blood cultures; nasopharyngeal swabs; infected hepatocytes
 """
 
-# %% ../nbs/03a_lexicons.ipynb #e3c182ea
+# %% ../nbs/03a_lexicons.ipynb #076f5288
 _ENDOCRINOLOGY = """
 diseases: type 2 diabetes; type 1 diabetes; Graves disease; primary hyperparathyroidism; polycystic ovary syndrome; osteoporosis; Cushing syndrome; severe obesity; hypothyroidism
   familial hypercholesterolemia; adrenal insufficiency; acromegaly
@@ -96,7 +96,7 @@ genes: TCF7L2; INS; LDLR; GCK; FTO; VDR; MC4R
 tissues: pancreatic islets; visceral fat; osteoblasts; thyroid follicles; adrenal cortex
 """
 
-# %% ../nbs/03a_lexicons.ipynb #888d5fbb
+# %% ../nbs/03a_lexicons.ipynb #9fb5bfaf
 _PULMONOLOGY = """
 diseases: asthma; chronic obstructive pulmonary disease; idiopathic pulmonary fibrosis; cystic fibrosis; obstructive sleep apnea; acute respiratory distress syndrome; sarcoidosis
   bronchiectasis; pulmonary embolism; malignant pleural effusion; bronchopulmonary dysplasia
@@ -111,7 +111,7 @@ genes: CFTR; MUC5B; TERT; SERPINA1; IL13; ORMDL3; SFTPC
 tissues: bronchial epithelium; lung fibroblasts; bronchoalveolar lavage fluid; airway smooth muscle; alveolar type II cells
 """
 
-# %% ../nbs/03a_lexicons.ipynb #0d9fd8ca
+# %% ../nbs/03a_lexicons.ipynb #ee09bb61
 _GASTROENTEROLOGY = """
 diseases: Crohn disease; ulcerative colitis; liver cirrhosis; irritable bowel syndrome; acute pancreatitis; celiac disease; nonalcoholic fatty liver disease; peptic ulcer bleeding
   Barrett esophagus; eosinophilic esophagitis; alcoholic hepatitis; acute appendicitis; primary biliary cholangitis
@@ -126,7 +126,7 @@ genes: NOD2; PNPLA3; ATG16L1; HFE; IL23R; TM6SF2; ABCB4
 tissues: colonic mucosa; hepatic stellate cells; intestinal organoids; Kupffer cells; duodenal biopsies
 """
 
-# %% ../nbs/03a_lexicons.ipynb #d38244cf
+# %% ../nbs/03a_lexicons.ipynb #7f84d912
 _NEPHROLOGY = """
 diseases: chronic kidney disease; acute kidney injury; IgA nephropathy; polycystic kidney disease; lupus nephritis; nephrotic syndrome; end-stage renal disease; kidney stones
   benign prostatic hyperplasia; overactive bladder; renal allograft rejection; membranous nephropathy
@@ -141,7 +141,7 @@ genes: PKD1; APOL1; COL4A5; UMOD; NPHS2; SLC12A3; ACE
 tissues: podocytes; proximal tubule cells; renal biopsies; glomerular endothelium; urinary exosomes
 """
 
-# %% ../nbs/03a_lexicons.ipynb #a266624f
+# %% ../nbs/03a_lexicons.ipynb #5bc600cc
 _PSYCHIATRY = """
 diseases: major depressive disorder; schizophrenia; bipolar disorder; generalized anxiety disorder; post-traumatic stress disorder; anorexia nervosa; opioid use disorder; insomnia
   attention-deficit disorder; autism spectrum disorder; alcohol dependence; panic disorder
@@ -156,7 +156,7 @@ genes: BDNF; SLC6A4; COMT; DISC1; CACNA1C; FKBP5; OPRM1
 tissues: prefrontal cortex; amygdala slices; cortical organoids; nucleus accumbens; serotonergic neurons
 """
 
-# %% ../nbs/03a_lexicons.ipynb #a996cfbf
+# %% ../nbs/03a_lexicons.ipynb #c57eb7b6
 _RHEUMATOLOGY = """
 diseases: rheumatoid arthritis; systemic lupus erythematosus; ankylosing spondylitis; gout; knee osteoarthritis; fibromyalgia; giant cell arteritis; psoriatic arthritis; plaque psoriasis
   systemic sclerosis; chronic low back pain; atopic dermatitis; polymyalgia rheumatica
@@ -171,7 +171,7 @@ genes: HLA-B27; PTPN22; STAT4; TNFAIP3; IL17A; ABCG2; FLG
 tissues: synovial fibroblasts; articular cartilage; peripheral T cells; keratinocytes; salivary glands
 """
 
-# %% ../nbs/03a_lexicons.ipynb #61376e98
+# %% ../nbs/03a_lexicons.ipynb #4b745007
 _PERINATAL = """
 diseases: preeclampsia; gestational diabetes; preterm labor; endometriosis; recurrent miscarriage; neonatal sepsis; uterine fibroids; unexplained infertility; postpartum hemorrhage
   neonatal jaundice; retinopathy of prematurity; bronchiolitis; acute otitis media
@@ -186,7 +186,7 @@ genes: FLT1; MTHFR; FSHR; AMH; ESR1; GATA4; WNT4
 tissues: placental villi; trophoblast cells; endometrial stroma; cord blood; amniotic fluid
 """
 
-# %% ../nbs/03a_lexicons.ipynb #384af591
+# %% ../nbs/03a_lexicons.ipynb #99edcdfc
 _SURGERY = """
 diseases: hip fracture; inguinal hernia; rotator cuff tear; traumatic brain injury; severe burns; carpal tunnel syndrome; anterior cruciate ligament rupture; age-related macular degeneration
   cataract; open-angle glaucoma; diabetic retinopathy; chronic wounds; lumbar disc herniation; iron deficiency anemia
@@ -201,7 +201,7 @@ genes: CFH; COL1A1; VEGFA; MYOC; GDF5; TGFB1; HBB
 tissues: skeletal muscle; retinal pigment epithelium; granulation tissue; tendon explants; red blood cells
 """
 
-# %% ../nbs/03a_lexicons.ipynb #884cd3a0
+# %% ../nbs/03a_lexicons.ipynb #40a4134a
 AREAS = {
     name: lexicon(table)
     for name, table in dict(
@@ -211,7 +211,7 @@ AREAS = {
         perinatal=_PERINATAL, surgery=_SURGERY).items()
 }
 
-# %% ../nbs/03a_lexicons.ipynb #7ec91f1c
+# %% ../nbs/03a_lexicons.ipynb #8fa6a81e
 _SCIENCE = lexicon("""
 cells: HeLa cells; HEK293 cells; primary fibroblasts; A549 cells; MCF-7 cells; Jurkat T cells; RAW264.7 macrophages; HepG2 cells; mouse embryonic fibroblasts; endothelial cells
   mesenchymal stem cells; SH-SY5Y cells; U2OS cells; bone marrow-derived macrophages; dendritic cells; CD8+ T cells; 3T3-L1 adipocytes; C2C12 myotubes; THP-1 monocytes; Caco-2 cells
@@ -233,7 +233,7 @@ compounds: resveratrol; curcumin; quercetin; berberine; melatonin; hydrogen sulf
   cisplatin; lipopolysaccharide; forskolin; nicotinamide; epigallocatechin; thapsigargin; staurosporine; ouabain; bradykinin; angiotensin II; endothelin-1; ghrelin; adiponectin
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #d35b27b9
+# %% ../nbs/03a_lexicons.ipynb #778d9241
 _CLINIC = lexicon("""
 hospitals: a tertiary referral center; two university hospitals; a regional trauma center; an academic medical center; primary care practices; a national registry; a community hospital
   an outpatient clinic; rural health centers; a military hospital; an insurance claims database; a children's hospital; four teaching hospitals; a specialist day unit; a biobank
@@ -251,7 +251,7 @@ outlooks: quality of life; cost-effectiveness; long-term safety; patient prefere
   adherence; the timing of treatment; the role of comorbidity; external validity; biomarker-guided selection; durability of the effect; outcomes in older adults; resource use
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #bf1b81a9
+# %% ../nbs/03a_lexicons.ipynb #4704a67a
 _WEB = lexicon("""
 products: backpack; desk lamp; water bottle; coffee grinder; yoga mat; office chair; phone case; hiking pole; throw pillow; cast iron skillet; garden hose; baby blanket; wall clock; necklace
   bluetooth speaker; raincoat; tool box; dog bed; bookcase; sleeping bag; leather wallet; bike helmet; tea kettle; area rug; shawl; sun hat; camera strap; rolling suitcase; board game; pocket knife
@@ -290,7 +290,7 @@ jobs: nurse; teacher; carpenter; lawyer; chef; engineer; librarian; mechanic; de
 issues: parking; road repairs; school funding; noise; flooding; affordable housing; public transit; recycling; street lighting; water rates; traffic safety; broadband access; park maintenance; taxes
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #590484fd
+# %% ../nbs/03a_lexicons.ipynb #fc270bef
 _ENCYCLOPEDIA = lexicon("""
 professions: painter; composer; botanist; novelist; architect; politician; astronomer; footballer; cricketer; naval officer; playwright; mathematician; chemist; sculptor; explorer; journalist; engineer
   historian; philosopher; geologist; bishop; poet; film director; violinist; general; surveyor; linguist; actress; economist; inventor; photographer; jurist; missionary; cartographer; swimmer
@@ -324,7 +324,7 @@ prizes: the Halden Prize; the Royal Medal; the Golden Laurel; the Order of Merit
 papers: The Evening Courier; The Morning Herald; The Observer's Review; The Daily Chronicle; The Weekly Standard; The Provincial Gazette; The Northern Mail; The Illustrated Post; The Sunday Ledger
 """)
 
-# %% ../nbs/03a_lexicons.ipynb #72c79bcb
+# %% ../nbs/03a_lexicons.ipynb #95754120
 _NAMES = lexicon("""
 givens: Ada; Albert; Alice; Amos; Anna; Arthur; Beatrice; Benedikt; Bertha; Carl; Cecily; Charles; Clara; Conrad; Daphne; David; Dora; Edgar; Edith; Elias; Elsa; Emil; Ernest; Eva; Felix; Flora; Frank
   George; Grace; Greta; Harold; Helen; Henry; Hugo; Ida; Irene; Isaac; Jane; Johan; Julia; Karl; Laura; Leo; Lewis; Lydia; Magnus; Marcus; Maria; Martin; Matilda; Max; Miriam; Nathan; Nora; Oliver; Oscar
@@ -339,14 +339,14 @@ _TOWN_TAILS = "bach berg borough bridge burn bury by combe dale don fell field f
 _LAND_HEADS = "Al Ard Bel Bor Cal Cas Dal Esk Gal Hel Ist Jor Kar Lom Mer Nav Or Pel Ros Sal Tar Val Vor Zel".split()
 _LAND_TAILS = "andria avia enia eria esia istan land mark onia oria ovia uria".split()
 
-# %% ../nbs/03a_lexicons.ipynb #70d73b96
+# %% ../nbs/03a_lexicons.ipynb #b4c7cb25
 _PLACES = {
     "towns": [a + b for a, b in product(_TOWN_HEADS, _TOWN_TAILS)],
     "lands": [a + b for a, b in product(_LAND_HEADS, _LAND_TAILS)],
     "rivers": [a + b for a, b in product(_TOWN_HEADS[::2], ("a", "au", "er", "ine", "ow", "wen"))],
 }
 
-# %% ../nbs/03a_lexicons.ipynb #0e6ec396
+# %% ../nbs/03a_lexicons.ipynb #6c4629f7
 def _union(
     tables,  # dicts of class name -> terms
 ) -> dict[str, list[str]]:  # class name -> terms of all tables, in order, without repetition

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'AHEAD', 'RECORDS', 'SETS', 'START', 'BETWEEN', 'KNOWN', 'SIGNED_NUMBER', 'PATTERNS', 'NAMED', 'OPERATORS',
-           'PARSER', 'NO_LABEL', 'YEAR', 'BLOCK', 'DELETED', 'HEAD', 'Window', 'pieces_of', 'take_comment', 'take_junk',
-           'take_record', 'with_namespaces', 'in_utf8', 'text_of', 'flatten', 'raised', 'local', 'formula', 'grouped',
-           'parse', 'section', 'title_of', 'year_of', 'facts_of', 'document_of', 'citation', 'identity', 'Revisions',
-           'number_of', 'find_revisions', 'note_piece', 'deleted', 'split_again', 'record_items', 'medline_items',
-           'is_set']
+           'PARSER', 'NO_LABEL', 'YEAR', 'BLOCK', 'DELETED', 'HEAD', 'PMID', 'WRAPPED', 'BARE', 'Window', 'pieces_of',
+           'take_comment', 'take_junk', 'take_record', 'with_namespaces', 'in_utf8', 'text_of', 'flatten', 'raised',
+           'local', 'formula', 'grouped', 'parse', 'section', 'title_of', 'year_of', 'facts_of', 'document_of',
+           'citation', 'identity', 'Revisions', 'number_of', 'find_revisions', 'note_piece', 'deleted', 'split_again',
+           'record_items', 'medline_items', 'is_set']
 
 # %% ../nbs/02b_medline.ipynb #b753457b
 import codecs, io, re
@@ -391,21 +391,26 @@ def note_piece(
         seen[number[0]] += 1
         revisions.see(*number, file, seen[number[0]])
 
-# %% ../nbs/02b_medline.ipynb #a833e43c
+# %% ../nbs/02b_medline.ipynb #051a0627
+PMID = re.compile(rb"""<PMID(?:\s+Version\s*=\s*["'](\d{1,3})["'])?\s*>\s*0*([1-9]\d{0,8})\s*</PMID>""")
+
 def deleted(
     piece: bytes,  # DeleteCitation
 ) -> list[tuple[int, int]]:  # PMID and version
-    "The records that a DeleteCitation withdraws."
-    found = re.findall(rb"""<PMID(?:\s+Version\s*=\s*["'](\d{1,3})["'])?\s*>\s*0*([1-9]\d{0,8})\s*</PMID>""", piece)
-    return [(int(pmid), int(version or 1)) for version, pmid in found]
+    "The records that a DeleteCitation withdraws; not those that it swallowed because it has no end."
+    swallowed = START.search(piece, 1)
+    return [(int(found[2]), int(found[1] or 1)) for found in PMID.finditer(piece[:swallowed.start()] if swallowed else piece)]
 
-# %% ../nbs/02b_medline.ipynb #aca24ecd
+# %% ../nbs/02b_medline.ipynb #c6b28f9b
+WRAPPED = re.compile(rb"<(PubmedArticle|PubmedBookArticle)(?=[\s/>])")
+BARE = re.compile(rb"<(MedlineCitation)(?=[\s/>])")
+
 def split_again(
     kind: str,
     piece: bytes,  # not well-formed
 ) -> list[bytes]:
     "A damaged record and those it swallowed; a DeleteCitation is not among them."
-    inner = START if kind == "MedlineCitation" else re.compile(rb"<(PubmedArticle|PubmedBookArticle)(?=[\s/>])")
+    inner = BARE if kind == "MedlineCitation" or not WRAPPED.search(piece) else WRAPPED
     places = [found.start() for found in inner.finditer(piece)]
     return [piece[start:end] for start, end in zip(places, [*places[1:], len(piece)])]
 

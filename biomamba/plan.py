@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOKENS_PER_DOCUMENT', 'TOKENS_ORIGIN', 'HARDWARE', 'parameters', 'optimizer_steps', 'sequences_seen', 'mean_tokens',
-           'linear_weights', 'scan_flops', 'training_flops', 'activation_bytes', 'memory_parts', 'Hardware',
+           'linear_weights', 'scan_flops', 'training_flops', 'activation_bytes', 'memory_parts', 'Hardware', 'cpu_peak',
            'find_hardware', 'run_hours', 'Plan', 'plan']
 
-# %% ../nbs/09a_plan.ipynb #1564ba3e
-import math
+# %% ../nbs/09a_plan.ipynb #fe9ac6fc
+import math, time
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from .paper import Table, parameter_counts, published
 from .runs import Recipe, UserError, ema_decay, steps_of
@@ -102,7 +104,7 @@ def memory_parts(
     parts["logits of one chunk"] = 10 * recipe.vocabulary * min(logits_tokens, recipe.micro_batch_tokens)
     return {name: size / 1e9 for name, size in parts.items()}
 
-# %% ../nbs/09a_plan.ipynb #729e951b
+# %% ../nbs/09a_plan.ipynb #b46f7b12
 @dataclass(frozen=True)
 class Hardware:
     "One device: its memory and its peak speed, where known."
@@ -110,6 +112,7 @@ class Hardware:
     memory_gb: float | None         # GB of 10⁹ bytes; None: unknown, nothing is warned of
     peak_tflops_bf16: float | None  # dense matrix products, 10¹² FLOPs a second; None: unknown, no hours
     kernels: bool = True            # whether the fused CUDA kernels run there
+    peak_tflops_fp32: float | None = None  # the same in fp32
 
 # %% ../nbs/09a_plan.ipynb #910fe86d
 HARDWARE: dict[str, Hardware] = {
@@ -118,7 +121,19 @@ HARDWARE: dict[str, Hardware] = {
     "16gb": Hardware("16 GB card (RTX 4080)", 16, 97.5),
     "cpu": Hardware("CPU", None, None, kernels=False)}
 
-# %% ../nbs/09a_plan.ipynb #fd3f4460
+# %% ../nbs/09a_plan.ipynb #9f8dcd9b
+def cpu_peak(
+    size: int = 1024,  # rows and columns of the matrices
+    repeats: int = 5,
+) -> float:  # 10¹² FLOPs a second
+    "The speed of this CPU's fp32 matrix product."
+    a, times = np.ones((size, size), dtype=np.float32), []
+    for _ in range(repeats):
+        began = time.perf_counter(); a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times) / 1e12
+
+# %% ../nbs/09a_plan.ipynb #d03cfacf
 def find_hardware(
     hardware: Hardware | str | None,  # a device, a key of `HARDWARE`, or None
     recipe: Recipe,
@@ -126,11 +141,12 @@ def find_hardware(
     "The device of a plan; None is the authors' card, and the CPU where the base model is made here."
     if isinstance(hardware, Hardware): return hardware
     name = hardware if hardware is not None else "h100" if recipe.checkpoint else "cpu"
+    if name == "cpu": return replace(HARDWARE["cpu"], peak_tflops_fp32=cpu_peak())
     if name not in HARDWARE:
         raise UserError(f"Hardware {name!r} is unknown; {', '.join(HARDWARE)} or a Hardware(name, memory_gb, peak_tflops_bf16) is accepted.")
     return HARDWARE[name]
 
-# %% ../nbs/09a_plan.ipynb #05f3eb3c
+# %% ../nbs/09a_plan.ipynb #01ca146d
 def run_hours(
     flops: float,
     recipe: Recipe,
@@ -139,10 +155,11 @@ def run_hours(
     devices: int,        # devices that share every step
 ) -> float | None:       # None where the peak for the recipe's precision is unknown
     "Hours that so many FLOPs take."
-    if hardware.peak_tflops_bf16 is None or recipe.precision != "bf16": return None
-    return flops / (hardware.peak_tflops_bf16 * 1e12 * utilization * devices) / 3600
+    peak = hardware.peak_tflops_bf16 if recipe.precision == "bf16" else hardware.peak_tflops_fp32
+    if peak is None: return None
+    return flops / (peak * 1e12 * utilization * devices) / 3600
 
-# %% ../nbs/09a_plan.ipynb #9810da8f
+# %% ../nbs/09a_plan.ipynb #314bfb06
 def _average_warning(recipe: Recipe) -> list[str]:
     "Says how much of the exported average would still be the base model, if that is over 5 %."
     steps = optimizer_steps(recipe)
@@ -151,7 +168,7 @@ def _average_warning(recipe: Recipe) -> list[str]:
     return [f"After {steps:,} steps the moving average (decay {decay:g}) would still be {decay**steps:.0%} base model; "
             f"ema_decay={max(0.0, 1 - 6 / steps):.4g} keeps the paper's ratio of memory to run."]
 
-# %% ../nbs/09a_plan.ipynb #901d9bfe
+# %% ../nbs/09a_plan.ipynb #17903467
 def _memory_warning(recipe: Recipe, hardware: Hardware) -> list[str]:
     "Says what does not fit, and what would."
     parts = memory_parts(recipe, hardware.kernels)
@@ -163,14 +180,14 @@ def _memory_warning(recipe: Recipe, hardware: Hardware) -> list[str]:
     if fits >= recipe.max_tokens: return [begin + f"micro_batch_tokens={fits // 256 * 256} or less would fit."]
     return [begin + f"without any activations it is still {states:.0f} GB, which must be shared among several devices."]
 
-# %% ../nbs/09a_plan.ipynb #2899b9c3
+# %% ../nbs/09a_plan.ipynb #baa8e99c
 def _tokens_warning(recipe: Recipe, given: dict | None) -> list[str]:
     "Says that the default tokens per document were counted with another tokenizer."
     if recipe.vocabulary == published("130m")["vocabulary"] or set(recipe.mixture) <= set(given or {}): return []
     return [f"Tokens per document were counted with the GPT-NeoX tokenizer; the recipe's vocabulary of {recipe.vocabulary:,} "
             "cuts the same text into more tokens. A built corpus knows its own count."]
 
-# %% ../nbs/09a_plan.ipynb #0f1d4215
+# %% ../nbs/09a_plan.ipynb #2785702f
 @dataclass(frozen=True)
 class Plan:
     "What a run will take, and what to beware of."
@@ -197,7 +214,7 @@ class Plan:
     def _repr_html_(self) -> str: return _table(self)._repr_html_() + _warnings(self, "<p><b>Warning</b> ")
     def __str__(self) -> str: return _text(self)
 
-# %% ../nbs/09a_plan.ipynb #91dc62b5
+# %% ../nbs/09a_plan.ipynb #4bf298e5
 def _amount(number: float) -> str:  # 186 million, 2.4e19
     "A large number in three digits."
     if number >= 1e15: return f"{number:.2e}".replace("e+", "e")
@@ -205,18 +222,19 @@ def _amount(number: float) -> str:  # 186 million, 2.4e19
         if number >= size: return f"{number / size:.3g} {name}"
     return f"{number:,.0f}"
 
-# %% ../nbs/09a_plan.ipynb #57697e79
+# %% ../nbs/09a_plan.ipynb #ecf896ba
 def _duration(hours: float | None) -> str:
     "Hours as text; minutes below one hour."
     if hours is None: return "unknown"
+    if hours < 1 / 60: return "under a minute"
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
 
-# %% ../nbs/09a_plan.ipynb #878fc2cd
+# %% ../nbs/09a_plan.ipynb #6f8d7b9d
 def _size(gb: float) -> str:  # of 10⁹ bytes
     "Memory as text; megabytes below one gigabyte."
     return f"{1000 * gb:,.0f} MB" if gb < 1 else f"{gb:.1f} GB"
 
-# %% ../nbs/09a_plan.ipynb #55caed5a
+# %% ../nbs/09a_plan.ipynb #a2c19384
 def _table(plan: Plan) -> Table:
     "A plan as a table of three columns: the quantity, without padding, padded as published."
     same = lambda name, value: (name, value, value)
@@ -232,12 +250,12 @@ def _table(plan: Plan) -> Table:
         note=f"Memory is per device, for micro-batches of {plan.recipe.micro_batch_tokens:,} tokens "
              + ("with the fused kernels" if plan.hardware.kernels else "without the fused kernels"))
 
-# %% ../nbs/09a_plan.ipynb #9f5e19de
+# %% ../nbs/09a_plan.ipynb #5b5d323e
 def _warnings(plan: Plan, lead: str) -> str:
     "All warnings, each after `lead`."
     return "".join(lead + warning for warning in plan.warnings)
 
-# %% ../nbs/09a_plan.ipynb #7477eed4
+# %% ../nbs/09a_plan.ipynb #716b243b
 def _text(plan: Plan) -> str:
     "A plan as aligned text."
     table = _table(plan)
@@ -246,13 +264,13 @@ def _text(plan: Plan) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([table.title, "", *lines, "", table.source + ".", table.note + "."]) + _warnings(plan, "\nWarning: ")
 
-# %% ../nbs/09a_plan.ipynb #c57bbd67
+# %% ../nbs/09a_plan.ipynb #6856224e
 def _check_machine(devices: int, utilization: float) -> None:
     "Refuse a share of the peak outside (0, 1] and a count of devices below one."
     if not 0 < utilization <= 1: raise UserError(f"utilization={utilization}; a share of the peak above 0 and up to 1 is accepted.")
     if not isinstance(devices, int) or devices < 1: raise UserError(f"devices={devices!r}; a whole number from 1 is accepted.")
 
-# %% ../nbs/09a_plan.ipynb #8e1c314e
+# %% ../nbs/09a_plan.ipynb #c6c47164
 def plan(
     recipe: Recipe,
     hardware: Hardware | str | None = None,               # a device or a key of `HARDWARE`; None: see `find_hardware`

@@ -235,14 +235,13 @@ def parse_json(
     except (ValueError, RecursionError): return Skip("no JSON")
     return record if isinstance(record, dict) else Skip(f"JSON of type {type(record).__name__}, not an object")
 
-# %% ../nbs/02a_records.ipynb #05ae85cc
+# %% ../nbs/02a_records.ipynb #7dce5d5e
 def jsonl_items(
     path: Path,
     make: Callable[[dict], Document | Skip],  # turns a record into a document
 ) -> Iterator[tuple[int, Document | Skip]]:  # line number, from 1
     "The records of a file of JSON lines."
     for number, line in enumerate(lines(path), 1):
-        if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip(): continue
         record = parse_json(line)
         yield number, record if isinstance(record, Skip) else make(record)

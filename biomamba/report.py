@@ -7,8 +7,8 @@ __all__ = ['NAMES', 'LOOKS', 'STYLE', 'BLOCKS', 'CARD', 'Grid', 'interval_of', '
            'settings_table', 'style', 'save_figure', 'validation_lines', 'finding', 'learning_curve', 'sparkline',
            'curve_text', 'find_runs', 'best_steps_table', 'learning_curves', 'published_results', 'model_card']
 
-# %% ../nbs/40_report.ipynb #324c1ace
-import copy, html, io, json, math
+# %% ../nbs/40_report.ipynb #a8ed5ef7
+import copy, glob, html, io, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from .paper import table
-from .runs import UserError, project_root, read_metrics, write_atomic
+from .runs import UserError, project_root, read_metrics, resolve, write_atomic
 from .statistics import Interval
 
 # %% ../nbs/40_report.ipynb #40965e33
@@ -190,12 +190,12 @@ def curve_text(
     lines = [f"{NAMES.get(n, n):<{width}}  {v[0]:.3f} {sparkline(v)} {v[-1]:.3f}" for n, v in losses.items()]
     return "\n".join([f"validation loss (nats per token), steps {steps[0]} to {steps[-1]}:", *lines])
 
-# %% ../nbs/40_report.ipynb #830227df
+# %% ../nbs/40_report.ipynb #e7432f2d
 def find_runs(
     pattern: str,   # of run folders, relative to the project, such as runs/*
 ) -> dict[str, Path]:  # name → folder
     "The finished runs that a pattern matches, by name."
-    found = {p.parent.name: p.parent for p in sorted(project_root().glob(f"{pattern}/results.json"))}
+    found = {Path(p).parent.name: Path(p).parent for p in sorted(glob.glob(str(resolve(pattern) / "results.json")))}
     if not found: raise UserError(f"no finished run matches {pattern!r} in {project_root()}; `biomamba cpt` makes one in runs/tiny")
     return found
 

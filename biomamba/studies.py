@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STUDY_GRAMMAR']
 
-# %% ../nbs/03d_studies.ipynb #6692e0c6
+# %% ../nbs/03d_studies.ipynb #9bfcedb7
 from .grammar import Grammar
 
-# %% ../nbs/03d_studies.ipynb #fb1a3ce1
+# %% ../nbs/03d_studies.ipynb #a425d5b0
 _FRAMING = """
 people
   [patients|adults|people|individuals|subjects|outpatients] with {disease}
@@ -44,7 +44,7 @@ background
   {topic} has been [proposed|put forward|advocated|discussed] as [a marker|a target|a driver|a modifier|an indicator] of {outlooks} in {disease}.
 """
 
-# %% ../nbs/03d_studies.ipynb #95685dfd
+# %% ../nbs/03d_studies.ipynb #e0d9cfe9
 _SETTING = """
 sought
   we [aimed|sought|set out|wished|planned] to [determine|examine|assess|investigate|establish|find out|evaluate|test]
@@ -87,7 +87,7 @@ participants
   [patients|participants|subjects|individuals]
 """
 
-# %% ../nbs/03d_studies.ipynb #95d8d73f
+# %% ../nbs/03d_studies.ipynb #ab8d2155
 _TRIALS = """
 trial_title
   {drug} [versus|compared with|or] {comparator} [in|for] {disease}: a~ [randomized|double-blind|multicenter|pragmatic|phase {2-3}] trial
@@ -143,7 +143,7 @@ trial_fact
   Does {drug} [prevent|reduce|lower the risk of] {event} in {people}?
 """
 
-# %% ../nbs/03d_studies.ipynb #57d66a2d
+# %% ../nbs/03d_studies.ipynb #a10cab27
 _COHORTS = """
 cohort_title
   {exposure} and [risk of|the risk of|] {event} in {disease}[: a cohort study|: a population-based study|: a prospective analysis|]
@@ -187,7 +187,7 @@ cohort_fact
   Does {exposure} increase the risk of {event} in {disease}?
 """
 
-# %% ../nbs/03d_studies.ipynb #67b0fe23
+# %% ../nbs/03d_studies.ipynb #01b34ffe
 _CASES = """
 cases_title
   {exposure} [as a risk factor for|and] {disease}: a~ [matched|population-based|hospital-based|] case-control study[ in {country}|]
@@ -223,7 +223,7 @@ cases_fact
   Is {exposure} associated with {disease}?
 """
 
-# %% ../nbs/03d_studies.ipynb #3952817f
+# %% ../nbs/03d_studies.ipynb #0d47b809
 _ACCURACY = """
 accuracy_title
   [Diagnostic accuracy|Performance|Validation|Usefulness] of {test} [in|for the diagnosis of|in suspected] {disease}
@@ -264,7 +264,7 @@ accuracy_fact
   Is {test} accurate for the diagnosis of {disease}?
 """
 
-# %% ../nbs/03d_studies.ipynb #9d18e931
+# %% ../nbs/03d_studies.ipynb #f70116fc
 _REVIEWS = """
 pooled_title
   {drug} for [preventing {event}|{disease}|the prevention of {event} in {disease}]: [a meta-analysis|a systematic review and meta-analysis|a meta-analysis of randomized trials]
@@ -304,7 +304,7 @@ review_body
   [Genetic|Family] studies [point to|implicate|have identified] variants of {gene} and {gene2}[ as determinants of {measure}|].
 """
 
-# %% ../nbs/03d_studies.ipynb #40d69799
+# %% ../nbs/03d_studies.ipynb #54b2f5e4
 _GENES = """
 genes_title
   {gene} [polymorphism|variants|rs{rs}] and [susceptibility to|the risk of|] {disease} in [{country}|a~ {country} population sample]
@@ -342,7 +342,7 @@ genes_fact
   Are {gene} variants associated with {disease}?
 """
 
-# %% ../nbs/03d_studies.ipynb #598c7c8b
+# %% ../nbs/03d_studies.ipynb #d663e985
 _LABORATORY = """
 stimulus
   {compound}
@@ -380,7 +380,7 @@ lab_end
   [Our|These] [data|findings] [identify|reveal|uncover] a [role|function] for {gene} in {process}[ and suggest a mechanism of {symptom}|].
 """
 
-# %% ../nbs/03d_studies.ipynb #6ad5e969
+# %% ../nbs/03d_studies.ipynb #f26868d9
 _MOLECULES = """
 molecule_title
   [Purification|Cloning|Characterization|Crystal structure] of {enzyme} from {organism}
@@ -401,7 +401,7 @@ molecule_body
   [Homologs|Mutants|Strains] lacking [the gene|this domain|the C-terminal region] [grow|grew] [slowly|normally|only at {18-30} degrees C] [on minimal medium|in the presence of {compounds}|].
 """
 
-# %% ../nbs/03d_studies.ipynb #d493a60a
+# %% ../nbs/03d_studies.ipynb #34bdc843
 _CASE = """
 case_title
   {disease} presenting [as|with] {symptom}: [a case report|case report and review of the literature|report of a case]
@@ -442,5 +442,5 @@ survey_end
   [Education|Training|Screening] should [address|take account of|include] {symptom}[ and {outlooks}|].
 """
 
-# %% ../nbs/03d_studies.ipynb #2071e681
+# %% ../nbs/03d_studies.ipynb #df9009ca
 STUDY_GRAMMAR = Grammar(_FRAMING + _SETTING + _TRIALS + _COHORTS + _CASES + _ACCURACY + _REVIEWS + _GENES + _LABORATORY + _MOLECULES + _CASE)

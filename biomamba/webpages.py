@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['page_facts', 'draw_length', 'count_words', 'tell', 'webpage']
 
-# %% ../nbs/03f_webpages.ipynb #309a4dd9
+# %% ../nbs/03f_webpages.ipynb #8122e277
 import math
 
 from .grammar import Grammar, between, pick, pick_some, seeded
 from .lexicons import LEXICONS
 
-# %% ../nbs/03f_webpages.ipynb #a9714848
+# %% ../nbs/03f_webpages.ipynb #52e58bd1
 _SHARED = """
 when
   [last|this|the other|one] [week|{days}|weekend|month|{seasons}|morning|evening]
@@ -51,7 +51,7 @@ reason
   [| {because}| {when}|, {but} not for long|, as usual|, of course]
 """
 
-# %% ../nbs/03f_webpages.ipynb #acc46540
+# %% ../nbs/03f_webpages.ipynb #cc5ed88a
 _SHOPS = """
 shop_open
   {color} {product} [by|from] {store}
@@ -106,7 +106,7 @@ job_close
   [We look forward to|{store} looks forward to] [hearing from you|meeting you].
 """
 
-# %% ../nbs/03f_webpages.ipynb #bf71da85
+# %% ../nbs/03f_webpages.ipynb #de61fc32
 _HOME = """
 recipe_open
   [Easy|Grandma's|Weeknight|The best|One-pot|Vegan|Holiday] {dish} with {food}
@@ -160,7 +160,7 @@ howto_close
   [That is it|You are done|Not bad for a {days}]: [step back|take a photo|put the tools away] and [enjoy|admire] your {quality} {product}.
 """
 
-# %% ../nbs/03f_webpages.ipynb #4d3b19d1
+# %% ../nbs/03f_webpages.ipynb #9eab8ce5
 _TOWNS = """
 news_open
   {town} [council|officials|residents] [debate|approve|delay|reject] plan [for|on] {issue}
@@ -235,7 +235,7 @@ house_close
   [Shown by appointment[ through {first} {last}|]|Open house {days}[ from {1-4} to {5-7} pm|]|Call {first} {last} [for a tour|to see it|at {store}]]. [Offers are due by {days}.|No agents, please.|]
 """
 
-# %% ../nbs/03f_webpages.ipynb #83dcccd3
+# %% ../nbs/03f_webpages.ipynb #06d69ad0
 _SCREENS = """
 forum_open
   [Help|Question|Problem]: {gadget} [will not start|keeps freezing|is slow] after {software} update
@@ -297,11 +297,11 @@ faq_close
   [Still|Have more] questions? [Chat|Talk] with [{first}|our team|{store}].
 """
 
-# %% ../nbs/03f_webpages.ipynb #8ef20a7c
+# %% ../nbs/03f_webpages.ipynb #3ef4509e
 _PAGES = Grammar(_SHARED + _SHOPS + _HOME + _TOWNS + _SCREENS)
 _KINDS = sorted(rule[: -len("_open")] for rule in _PAGES.rules if rule.endswith("_open"))
 
-# %% ../nbs/03f_webpages.ipynb #5fada441
+# %% ../nbs/03f_webpages.ipynb #911c662a
 _SINGLE = dict(product="products", color="colors", store="stores", room="rooms", food="foods", dish="dishes", hobby="hobbies", plant="plants",
                service="services", gadget="gadgets", software="softwares", sport="sports", venue="venues", sight="sights", job="jobs",
                month="months", season="seasons", first="givens", last="surnames", quality="qualities", material="materials")
@@ -320,7 +320,7 @@ def page_facts(
     facts |= dict(price_high=f"{high}.00", price=f"{price}.00", saving=str(round(100 * (high - price) / high)))
     return facts | {"score": f"{low + between(uniform, 1, 20)}-{low}"}
 
-# %% ../nbs/03f_webpages.ipynb #134807cf
+# %% ../nbs/03f_webpages.ipynb #2acd5ca8
 def draw_length(
     uniform,  # a stream of `seeded`
     median: float,  # words
@@ -336,7 +336,7 @@ def count_words(
     "The words of a text."
     return sum(block.count(" ") + 1 for block in blocks)
 
-# %% ../nbs/03f_webpages.ipynb #53f4698a
+# %% ../nbs/03f_webpages.ipynb #be2ca1ed
 def tell(
     uniform,  # a stream of `seeded`
     grammar: Grammar,  # whose rules speak
@@ -358,7 +358,7 @@ def tell(
             lines, room = [], between(uniform, 1, longest)
     return paragraphs
 
-# %% ../nbs/03f_webpages.ipynb #b1837a22
+# %% ../nbs/03f_webpages.ipynb #c6e1378c
 def _page_blocks(
     uniform,  # a stream of `seeded`
     kind: str,  # kind of page
@@ -374,7 +374,7 @@ def _page_blocks(
         written, facts = count_words(lines), page_facts(uniform)
     return lines
 
-# %% ../nbs/03f_webpages.ipynb #8de58d36
+# %% ../nbs/03f_webpages.ipynb #f0996fa0
 def webpage(
     seed: int,  # which sample
     i: int,  # which page of it

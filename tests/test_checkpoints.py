@@ -287,10 +287,8 @@ def test_a_tokenizer_too_large_is_refused(model, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_real_tokenizer(model, tmp_path):
-    data = os.environ.get("BIOMAMBA_DATA")
-    if not data: pytest.skip("BIOMAMBA_DATA is not set")
-    t = load_tokenizer(os.path.join(data, "tokenizer", "tokenizer.json"))
+def test_real_tokenizer(model, tmp_path, data):
+    t = load_tokenizer(data / "tokenizer" / "tokenizer.json")
     assert len(t) == 50277 and t.eos_token_id == 0 and t.decode(t.encode("Aspirin inhibits platelets.")) == "Aspirin inhibits platelets."
     assert t.encode(" yes") != t.encode("yes")
     with pytest.raises(UserError, match="50,277"): save_model(model, tmp_path / "x", t)

@@ -250,6 +250,12 @@ def test_a_broken_record_costs_one_record(tmp_path):
         assert report.corrupt >= 1, damage
 
 
+def test_a_delete_without_its_end_swallows_nothing(tmp_path):
+    path = write(tmp_path / "a.xml", xml_set(article(1), delete(9).removesuffix("</DeleteCitation>"), article(2), delete(8), article(3)))
+    found, report = read(path, max_bad=1)
+    assert [d.id for d in found] == ["1", "2", "3"] and report.problems == [("a.xml", 2, "a damaged DeleteCitation")]
+
+
 @pytest.mark.parametrize("place, text", [("comment", "<!-- <PubmedArticle>x</PubmedArticle> -->"), ("instruction", "<?x y?>")])
 def test_what_may_stand_between_records(tmp_path, place, text):
     assert len(read(write(tmp_path / "a.xml", xml_set(article(1), text, article(2))))[0]) == 2
@@ -281,6 +287,13 @@ def test_a_namespace_that_the_set_declares(tmp_path):
 def test_encodings(tmp_path, encoding):
     text = xml_set(article(1, "Förster é"), article(2, "x" * (3 << 20))).decode().replace("'1.0'", f"'1.0' encoding='{encoding.removesuffix('-sig')}'")
     assert read(write(tmp_path / "a.xml", text.encode(encoding)))[0][0].text.startswith("Förster é\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_records_do_not_depend_on_how_a_stream_is_cut(encoding):
+    content = xml_set(article(1), "<!-- - -->", article(2, "é"), "junk", delete(3)).decode().encode(encoding)
+    bytewise = [content[:2], *(content[i:i + 1] for i in range(2, len(content)))]
+    assert list(medline.pieces_of(medline.in_utf8(bytewise))) == list(medline.pieces_of(medline.in_utf8([content])))
 
 
 # Memory

@@ -12,15 +12,19 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
+from biomamba.sample import sample_documents
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = {
-    "d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 512, "max_tokens": 128,
+    "d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 512, "max_tokens": 128, "base_steps": 4,
     "sequences_per_step": 4, "evaluations": 2, "validation_documents": 5,
 }
-# The smallest parameters of each run notebook; RUN stands for a temporary run folder.
+# The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run.
 SMALLEST = {
-    "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "overrides": SMALL_MODEL},
+    "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
+    "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
 }
+SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
 RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
         if path.stem != "index" and "#| default_exp" not in path.read_text(encoding="utf-8")]
 IDS = {"ids": lambda path: path.stem}
@@ -64,15 +68,42 @@ def test_every_run_notebook_has_its_smallest_parameters():
         assert set(SMALLEST[path.stem]) <= set(parameters(path))
 
 
-@pytest.mark.parametrize("path", RUNS, **IDS)
-def test_runs_once_with_its_smallest_parameters(path, tmp_path):
-    given = {name: str(tmp_path / "run") if value == "RUN" else value for name, value in SMALLEST[path.stem].items()}
-    nb = run(path, tmp_path / "out.ipynb", **given)
-    injected = [cell.source for cell in nb.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    assert len(injected) == 1, "papermill found no cell to put the parameters after"
-    if "steps" in given:
-        results = json.loads((tmp_path / "run" / "results.json").read_text())
-        assert results["training"]["steps"] == given["steps"] != parameters(path)["steps"]
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> str:
+    "A small corpus folder."
+    folder = tmp_path_factory.mktemp("texts")
+    for name, n in SIZES.items():
+        (folder / name).mkdir()
+        lines = [json.dumps({"id": d.id, "text": d.text}) for d in sample_documents(name, n)]
+        (folder / name / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(texts, tmp_path_factory) -> str:
+    "The folder of a small finished run, made by its notebook."
+    folder = tmp_path_factory.mktemp("finished") / "small"
+    given = SMALLEST["10_cpt"] | {"run_dir": str(folder), "corpus": texts}
+    nb = run(ROOT / "nbs" / "10_cpt.ipynb", folder.parent / "10_cpt.ipynb", **given)
+    assert [cell for cell in nb.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    return str(folder)
+
+
+def test_continued_pretraining_runs_once_with_its_smallest_parameters(finished):
+    results = json.loads((Path(finished) / "results.json").read_text())
+    assert results["training"]["steps"] == 4 and results["scale"] == "tiny"
+    assert results["recipe"]["d_model"] == SMALL_MODEL["d_model"]
+    assert (Path(finished) / "figures" / "learning_curve.png").stat().st_size > 5_000
+
+
+def test_learning_curves_runs_once_with_its_smallest_parameters(finished, tmp_path):
+    path = ROOT / "nbs" / "13_learning_curves.ipynb"
+    made = []
+    for name in ("one", "two"):
+        run(path, tmp_path / "out.ipynb", runs=finished, run_dir=str(tmp_path / name))
+        made.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
+    assert {"learning_curves.svg", "small-learning_curve.png", "small.json"} <= set(made[0])
+    assert made[0] == made[1], "the same results must give the same bytes"
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)

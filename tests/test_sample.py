@@ -13,7 +13,8 @@ from biomamba.abstracts import STUDY_GRAMMAR, study
 from biomamba.conditions import DIAGNOSES
 from biomamba.documents import read_documents
 from biomamba.encyclopedia import article
-from biomamba.grammar import frame_shares, near_duplicates, seeded, sentences
+from biomamba.grammar import frame, frame_shares, near_duplicates, seeded, sentences
+from biomamba.lexicons import LEXICONS
 from biomamba.runs import UserError
 from biomamba.sample import sample_document, sample_documents, sample_notes, sample_questions, write_sample
 
@@ -83,6 +84,11 @@ def test_near_duplicates_are_rare(texts, source):
 def test_the_measures_see_repetition():
     mad = [f"We gave metformin to {n} mice. It did rain in {n} towns." for n in range(50)]
     assert frame_shares(mad)[0][0] == 0.5 and near_duplicates([mad[0]] * 50) == 0.98
+
+
+def test_frames_know_every_term():
+    missed = [term for terms in LEXICONS.values() for term in terms if "<" not in frame(f"We saw {term} there.")]
+    assert not missed and frame("Metformin was given to 12 mice.") == frame("Lithium was given to 9,000 mice.")
 
 
 def test_lengths_are_realistic(texts):
@@ -198,6 +204,7 @@ def test_notes_are_coherent():
         before = [line.split(". ", 1)[1] for line in part["Medications on Admission"].splitlines()[1:]]
         after = [line.split(". ", 1)[1] for line in part["Discharge Medications"].splitlines()]
         assert before == drugs.get(note["subject_id"], before) and note["storetime"] > note["charttime"]
+        assert all(re.search(r"\d", drug) and len(drug) < 70 for drug in after)
         drugs[note["subject_id"]] = after
     assert 120 < len(drugs) < 260
 
