@@ -182,7 +182,7 @@ def _reading(
         raise UserError(f"{file} is a pickle that holds more than tensors and could run code, so it is not read; ask for the model as safetensors") from None
     except (RuntimeError, EOFError, OSError) as e: raise UserError(f"{file} is damaged or cut short ({(str(e).splitlines() or ['it is empty'])[0]}); fetch or copy it again") from None
 
-# %% ../nbs/06c_checkpoints.ipynb #91b64b2d
+# %% ../nbs/06c_checkpoints.ipynb #694d1023
 def weight_files(
     folder: Path,
 ) -> list[Path]:  # safetensors, or one pickle
@@ -193,7 +193,7 @@ def weight_files(
     if found is None: raise UserError(f"{folder} holds a configuration but no weights: neither model.safetensors nor pytorch_model.bin")
     return [found]
 
-# %% ../nbs/06c_checkpoints.ipynb #dfe4d67f
+# %% ../nbs/06c_checkpoints.ipynb #b11bfb2c
 def read_tensors(
     folder: Path,
 ) -> Iterator[tuple[str, Tensor]]:  # name as stored, tensor
@@ -205,7 +205,7 @@ def read_tensors(
                     for name in f.keys(): yield name, f.get_tensor(name)
             else: yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
 
-# %% ../nbs/06c_checkpoints.ipynb #6dccd388
+# %% ../nbs/06c_checkpoints.ipynb #d0f71eec
 def check_tensors(
     found: dict[str, Tensor],     # transformers' names
     model: BioMambaForCausalLM,   # the model they are for
@@ -221,7 +221,7 @@ def check_tensors(
     wrong = next((name for name, shape in expected.items() if found[name].shape != shape), None)
     if wrong: raise UserError(f"{where}: {wrong} has shape {tuple(found[wrong].shape)}, the configuration asks for {tuple(expected[wrong])}")
 
-# %% ../nbs/06c_checkpoints.ipynb #2bc5c039
+# %% ../nbs/06c_checkpoints.ipynb #211bfece
 def load_model(
     name_or_path: str | os.PathLike,        # a folder, a run folder, a scale or a hub name
     revision: str | None = None,            # on the hub: branch, tag or commit
@@ -240,7 +240,7 @@ def load_model(
     else: model.generation_config = generation_config(config)
     return model.eval()
 
-# %% ../nbs/06c_checkpoints.ipynb #f76f0efb
+# %% ../nbs/06c_checkpoints.ipynb #a9a4af0a
 def generation_config(
     config: Mamba2Config,
 ) -> GenerationConfig:
@@ -249,7 +249,7 @@ def generation_config(
     return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,
                             suppress_tokens=list(range(entries, config.vocab_size)) or None)
 
-# %% ../nbs/06c_checkpoints.ipynb #f732a80b
+# %% ../nbs/06c_checkpoints.ipynb #7b45eb77
 def _tokenizer_file(
     name_or_path: str | os.PathLike,
     revision: str | None,
@@ -263,7 +263,7 @@ def _tokenizer_file(
     if not (folder / "tokenizer.json").is_file(): folder = hub_snapshot(TOKENIZER, None, ("tokenizer.json",))
     return folder / "tokenizer.json"
 
-# %% ../nbs/06c_checkpoints.ipynb #04b10297
+# %% ../nbs/06c_checkpoints.ipynb #a78fedf0
 def load_tokenizer(
     name_or_path: str | os.PathLike,   # a folder, a tokenizer.json, a run folder, a scale or a hub name
     revision: str | None = None,       # on the hub: branch, tag or commit
@@ -276,7 +276,7 @@ def load_tokenizer(
         raise UserError(f"{file} has <|endoftext|> at id {tokenizer.eos_token_id} and <|padding|> at {tokenizer.pad_token_id}; they must be {EOS} and {PAD}")
     return tokenizer
 
-# %% ../nbs/06c_checkpoints.ipynb #07c8d85c
+# %% ../nbs/06c_checkpoints.ipynb #d70caa16
 def save_model(
     model: BioMambaForCausalLM,
     folder: str | os.PathLike,           # replaced if it is there
@@ -291,7 +291,7 @@ def save_model(
         model.save_pretrained(inside)
         tokenizer.save_pretrained(inside)
 
-# %% ../nbs/06c_checkpoints.ipynb #a1509187
+# %% ../nbs/06c_checkpoints.ipynb #968bc6b3
 def _write_transformers(
     source: Path,
     folder: Path,   # an empty folder
@@ -314,7 +314,7 @@ def _write_transformers(
     config.architectures = ["Mamba2ForCausalLM"]
     config.save_pretrained(folder); generation_config(config).save_pretrained(folder)
 
-# %% ../nbs/06c_checkpoints.ipynb #8dc255bc
+# %% ../nbs/06c_checkpoints.ipynb #27c68c9a
 def convert(
     source: str | os.PathLike,       # a folder, a scale or a hub name, in either format
     destination: str | os.PathLike,  # a new folder

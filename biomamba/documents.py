@@ -56,7 +56,7 @@ def items_of(
         elif kind == "parquet": yield name, parquet_items(path, make, (*(text or ()), *((id,) if id else ())))
         else: yield name, text_items(path, lambda record: make_document(record, source), name)
 
-# %% ../nbs/02c_documents.ipynb #91e2f6f9
+# %% ../nbs/02c_documents.ipynb #13e74c69
 @dataclass(frozen=True)
 class HubSource:
     "Where a public dataset is, and which of its columns are text and id."
@@ -75,7 +75,7 @@ HUB = {
     "pubmedqa": HubSource("qiaojin/PubMedQA", "pqa_labeled", "9001f2853fb87cab8d220904e0de81ac6973b318", "pubmedqa", ("context",), "pubid"),
 }
 
-# %% ../nbs/02c_documents.ipynb #abc8b9af
+# %% ../nbs/02c_documents.ipynb #6c315a40
 def read_hub(
     key: str,                           # "pubmed", "pubmed-medline", "c4", "wikipedia" or "pubmedqa"
     *,
@@ -97,7 +97,7 @@ def read_hub(
     items = hub_items(stream, hub, place, after[1] if after and after[0] == what else 0)
     return read_items([(what, items)], what, report, max_bad, after)
 
-# %% ../nbs/02c_documents.ipynb #65479784
+# %% ../nbs/02c_documents.ipynb #11fc1fa4
 def open_hub(
     place: str,            # name on the hub, or a folder
     config: str | None,
@@ -114,7 +114,7 @@ def open_hub(
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{place} has no {config or 'default'} configuration with a split {split!r} ({str(error).splitlines()[0][:200]})") from None
 
-# %% ../nbs/02c_documents.ipynb #aa99df7b
+# %% ../nbs/02c_documents.ipynb #7a7073f9
 def hub_items(
     stream,           # rows as dicts
     hub: HubSource,
@@ -132,7 +132,7 @@ def hub_items(
     except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise BrokenFile(f"from {place} broke off after row {position:,} ({type(error).__name__})") from None
 
-# %% ../nbs/02c_documents.ipynb #8da2cbd7
+# %% ../nbs/02c_documents.ipynb #bf2a5d4e
 def load_json(
     path: Path,
     largest: int = 512 * MIB,  # bytes
@@ -145,7 +145,7 @@ def load_json(
     try: return json.loads(content)
     except (ValueError, RecursionError) as error: raise BrokenFile(f"is no JSON, or was cut off ({error})") from None
 
-# %% ../nbs/02c_documents.ipynb #78f1840d
+# %% ../nbs/02c_documents.ipynb #1c62dd04
 def pubmedqa_document(
     pmid: str,
     entry: dict,  # of ori_pqal.json, or a row of the hub's Parquet
@@ -167,14 +167,14 @@ def pubmedqa_document(
     meta = {"question": question.strip(), "answer": answer, "conclusion": conclusion} | ({"year": int(year)} if year else {})
     return Document(pmid, text, "pubmedqa", meta)
 
-# %% ../nbs/02c_documents.ipynb #1b2658bf
+# %% ../nbs/02c_documents.ipynb #8f32dfd0
 def is_text(
     value: object,
 ) -> bool:
     "A text that is not empty and can be written as UTF-8."
     return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
-# %% ../nbs/02c_documents.ipynb #484e76b2
+# %% ../nbs/02c_documents.ipynb #2d4fe4c3
 def read_pubmedqa(
     path: str | Path,  # ori_pqal.json, ori_pqaa.json or ori_pqau.json, also .gz
     *,
@@ -189,7 +189,7 @@ def read_pubmedqa(
         for position, (pmid, entry) in enumerate(entries.items(), 1): yield position, pubmedqa_document(pmid, entry)
     return read_items([(path.name, items())], path.name, report, max_bad)
 
-# %% ../nbs/02c_documents.ipynb #c98c8750
+# %% ../nbs/02c_documents.ipynb #d9b01ae1
 def existing(
     path: str | Path,
     accepted: str,  # what is accepted, for the message
@@ -199,7 +199,7 @@ def existing(
     if not path.is_file(): raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; {accepted} is accepted")
     return path
 
-# %% ../nbs/02c_documents.ipynb #9a24c5ec
+# %% ../nbs/02c_documents.ipynb #f4a19efe
 def bioasq_answer(
     value: object,  # exact_answer: "yes", ["yes"], "Yes."
 ) -> str | None:  # "yes", "no"; None for anything else
@@ -208,7 +208,7 @@ def bioasq_answer(
     word = value.strip().rstrip(".").lower() if isinstance(value, str) else None
     return word if word in ("yes", "no") else None
 
-# %% ../nbs/02c_documents.ipynb #ebc8e011
+# %% ../nbs/02c_documents.ipynb #4a29e013
 def bioasq_document(
     entry: dict,  # a question
     types: tuple[str, ...],
@@ -232,7 +232,7 @@ def listed(entry: dict, key: str) -> list:
     "A field that should be a list; an empty one where it is missing or something else."
     return value if isinstance(value := entry.get(key), list) else []
 
-# %% ../nbs/02c_documents.ipynb #0d1317fa
+# %% ../nbs/02c_documents.ipynb #3192fc8f
 def read_bioasq(
     path: str | Path,                      # a golden or training file, also .gz
     *,
@@ -249,10 +249,10 @@ def read_bioasq(
         for position, entry in enumerate(entries, 1): yield position, bioasq_document(entry, types)
     return read_items([(path.name, items())], path.name, report, max_bad)
 
-# %% ../nbs/02c_documents.ipynb #6b49d2c2
+# %% ../nbs/02c_documents.ipynb #48a51099
 NOTE_COLUMNS = ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "storetime", "text")
 
-# %% ../nbs/02c_documents.ipynb #16020c85
+# %% ../nbs/02c_documents.ipynb #6fa6b6fa
 def note_document(
     row: dict,  # column → text
 ) -> Document | Skip:
@@ -263,7 +263,7 @@ def note_document(
     facts = {key: row[key] or None for key in NOTE_COLUMNS[1:-1]}
     return Document(row["note_id"].strip(), row["text"].strip(), "mimic", facts | {"restricted": True})
 
-# %% ../nbs/02c_documents.ipynb #1792487c
+# %% ../nbs/02c_documents.ipynb #bd331e5d
 def csv_rows(
     path: Path,
     largest: int = 16 * MIB,  # characters of one field
@@ -279,7 +279,7 @@ def csv_rows(
         finally: csv.field_size_limit(before)
         if row: yield reader.line_num, row
 
-# %% ../nbs/02c_documents.ipynb #b50eb95f
+# %% ../nbs/02c_documents.ipynb #35f157f9
 def note_items(
     path: Path,  # discharge.csv or discharge.csv.gz
 ) -> Iterator[tuple[int, Document | Skip]]:  # line at which a row ends
@@ -294,7 +294,7 @@ def note_items(
         elif len(row) != len(header): yield line, Skip(f"{len(row)} cells instead of {len(header)}")
         else: yield line, note_document(dict(zip(header, row)))
 
-# %% ../nbs/02c_documents.ipynb #b4b6ef99
+# %% ../nbs/02c_documents.ipynb #33b5ec35
 def read_mimic(
     path: str | Path,  # discharge.csv, also .gz, or the folder that holds it
     *,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'AHEAD', 'RECORDS', 'SETS', 'START', 'BETWEEN', 'KNOWN', 'SIGNED_NUMBER', 'PATTERNS', 'NAMED', 'OPERATORS',
-           'PARSER', 'NO_LABEL', 'YEAR', 'BLOCK', 'DELETED', 'HEAD', 'PMID', 'WRAPPED', 'BARE', 'Window', 'pieces_of',
+           'PARSER', 'NO_LABEL', 'YEAR', 'BLOCK', 'DELETED', 'HEAD', 'PMID', 'WRAPPED', 'Window', 'pieces_of',
            'take_comment', 'take_junk', 'take_record', 'with_namespaces', 'in_utf8', 'text_of', 'flatten', 'raised',
            'local', 'formula', 'grouped', 'parse', 'section', 'title_of', 'year_of', 'facts_of', 'document_of',
-           'citation', 'identity', 'Revisions', 'number_of', 'find_revisions', 'note_piece', 'deleted', 'split_again',
+           'citation', 'identity', 'Revisions', 'number_of', 'find_revisions', 'note_piece', 'deleted', 'swallowed',
            'record_items', 'medline_items', 'is_set']
 
 # %% ../nbs/02b_medline.ipynb #b753457b
@@ -23,11 +23,11 @@ from lxml import etree
 from .records import MIB, BrokenFile, Document, Skip, chunks
 from .runs import UserError, progress
 
-# %% ../nbs/02b_medline.ipynb #2a50d53c
+# %% ../nbs/02b_medline.ipynb #8cfe2732
 LARGEST = 16 * MIB  # bytes of one record; the largest of PubMed have about 2 MiB
 AHEAD = 1 << 16     # bytes that are always in view: no tag or declaration is longer
 
-# %% ../nbs/02b_medline.ipynb #d3d0e369
+# %% ../nbs/02b_medline.ipynb #6b4229fd
 class Window:
     "A view of a stream of bytes that moves forward."
 
@@ -58,14 +58,14 @@ class Window:
         self.at += length
         return piece
 
-# %% ../nbs/02b_medline.ipynb #e1d3808a
+# %% ../nbs/02b_medline.ipynb #0770781f
 RECORDS = b"PubmedArticle|PubmedBookArticle|MedlineCitation|DeleteCitation|DeleteDocument"
 SETS = b"PubmedArticleSet|PubmedBookArticleSet|MedlineCitationSet|BookDocumentSet"
 START = re.compile(rb"<(%s)(?=[\s/>])" % RECORDS)
 BETWEEN = re.compile(rb"\s+|<\?[^<]*?\?>|<!DOCTYPE\s[^\[<>]*(?:\[(?:[^<\]]|<[!?])*\]\s*)?>|<(/?)(?:%s)(?:\s[^<>]*)?>" % SETS)
 KNOWN = re.compile(rb"<(?:(?:%s|/?(?:%s))(?=[\s/>])|!--)" % (RECORDS, SETS))
 
-# %% ../nbs/02b_medline.ipynb #bc96fb41
+# %% ../nbs/02b_medline.ipynb #b3728cdc
 def pieces_of(
     stream: Iterable[bytes],  # the content of a file, in UTF-8
 ) -> Iterator[tuple[str, bytes]]:  # kind of record, its bytes; the kind of junk is ""
@@ -85,7 +85,7 @@ def pieces_of(
         in_junk = not known
     if opened: raise BrokenFile("is damaged or was cut off (the last tag is missing)")
 
-# %% ../nbs/02b_medline.ipynb #d486a194
+# %% ../nbs/02b_medline.ipynb #9f21882f
 def take_comment(
     window: Window,  # stands at its start
 ) -> None:
@@ -102,7 +102,7 @@ def take_junk(
     end = found.start() if found else max(len(window.data) - 64, window.at + 1)
     return window.take(end - window.at)
 
-# %% ../nbs/02b_medline.ipynb #21be07a6
+# %% ../nbs/02b_medline.ipynb #2b27e861
 def take_record(
     window: Window,  # stands at its start
     tag: bytes,
@@ -117,7 +117,7 @@ def take_record(
     close = re.compile(rb"\s*>").match(window.data, window.at + end)
     return window.take(close.end() - window.at if close else length)  # "</PubmedArticleSet" is no end of a record
 
-# %% ../nbs/02b_medline.ipynb #4065eb3e
+# %% ../nbs/02b_medline.ipynb #00ddfdc8
 def with_namespaces(
     piece: bytes,
     opened: bytes,  # start tag of the set
@@ -127,7 +127,7 @@ def with_namespaces(
     tag, declared = START.match(piece), re.findall(rb"""\sxmlns:\w+\s*=\s*(?:"[^"]*"|'[^']*')""", opened)
     return piece[:tag.end()] + b"".join(declared) + piece[tag.end():]
 
-# %% ../nbs/02b_medline.ipynb #fba17e53
+# %% ../nbs/02b_medline.ipynb #0121f012
 def in_utf8(
     stream: Iterable[bytes],
 ) -> Iterator[bytes]:
@@ -146,7 +146,7 @@ def in_utf8(
         decoder.decode(b"", final=True)
     except UnicodeError: raise BrokenFile(f"is not in the encoding {name!r} that it declares") from None
 
-# %% ../nbs/02b_medline.ipynb #65ba89be
+# %% ../nbs/02b_medline.ipynb #ac21c536
 def text_of(
     element,  # lxml element, or None
 ) -> str:
@@ -157,7 +157,7 @@ def text_of(
     flatten(element, parts)
     return " ".join("".join(parts).split())
 
-# %% ../nbs/02b_medline.ipynb #24c2b5c8
+# %% ../nbs/02b_medline.ipynb #4b96e419
 def flatten(
     element,
     parts: list[str],  # grows
@@ -171,7 +171,7 @@ def flatten(
         else: flatten(child, parts)
         if child.tail: parts.append(child.tail)
 
-# %% ../nbs/02b_medline.ipynb #a03dfd33
+# %% ../nbs/02b_medline.ipynb #f9408377
 SIGNED_NUMBER = re.compile(r"[+\-−–]?\d")
 
 def raised(
@@ -188,13 +188,13 @@ def local(
     tag = element.tag
     return tag.rpartition("}")[2] if isinstance(tag, str) else ""
 
-# %% ../nbs/02b_medline.ipynb #5b15c0f9
+# %% ../nbs/02b_medline.ipynb #30e4c032
 PATTERNS = {"msup": "{0}^{1}", "msub": "{0}_{1}", "msubsup": "{0}_{1}^{2}", "mfrac": "{0}/{1}", "mroot": "{0}^(1/{1})",
             "munder": "{0}_{1}", "mover": "{0}^{1}", "munderover": "{0}_{1}^{2}"}
 NAMED = {"infinity": "∞", "pi": "π", "exponentiale": "e", "sep": ", "}
 OPERATORS = frozenset("+-−=<>≤≥≈±×·∈→⟶∼≠")
 
-# %% ../nbs/02b_medline.ipynb #550ed877
+# %% ../nbs/02b_medline.ipynb #b97a7029
 def formula(
     element,  # of MathML
 ) -> str:
@@ -211,7 +211,7 @@ def formula(
     inner = "".join(part + (" " + tail if (tail := (child.tail or "").strip()) else "") for part, child in zip(parts, element))
     return own + inner
 
-# %% ../nbs/02b_medline.ipynb #e347816f
+# %% ../nbs/02b_medline.ipynb #df649990
 def grouped(
     part: str,
 ) -> str:
@@ -219,11 +219,11 @@ def grouped(
     part = part.strip()
     return part if len(part) < 2 or re.fullmatch(r"[\w.]+", part) else f"({part})"
 
-# %% ../nbs/02b_medline.ipynb #2ac934a3
+# %% ../nbs/02b_medline.ipynb #16e6f72b
 PARSER = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False,
                          remove_comments=True, remove_pis=True, collect_ids=False)
 
-# %% ../nbs/02b_medline.ipynb #177ccc1a
+# %% ../nbs/02b_medline.ipynb #e4a5e345
 def parse(
     piece: bytes,
 ):  # -> lxml element, or Skip
@@ -231,7 +231,7 @@ def parse(
     try: return etree.fromstring(piece, PARSER)
     except etree.XMLSyntaxError as error: return Skip(f"no well-formed XML ({etree.ErrorTypes._getName(error.code)})")
 
-# %% ../nbs/02b_medline.ipynb #7d8519ba
+# %% ../nbs/02b_medline.ipynb #45f7e5cb
 NO_LABEL = {"", "UNLABELLED", "UNLABELED", "UNASSIGNED"}
 
 def section(
@@ -241,7 +241,7 @@ def section(
     label, text = (element.get("Label") or "").strip().rstrip(":"), text_of(element)
     return text if label.upper() in NO_LABEL or not text else f"{label}: {text}"
 
-# %% ../nbs/02b_medline.ipynb #59e5ddc4
+# %% ../nbs/02b_medline.ipynb #4ed53c03
 def title_of(
     element,  # ArticleTitle, BookTitle or None
 ) -> str:
@@ -249,7 +249,7 @@ def title_of(
     title = text_of(element)
     return "" if title.strip("[]. ").lower() == "not available" else title
 
-# %% ../nbs/02b_medline.ipynb #09d4a9f1
+# %% ../nbs/02b_medline.ipynb #20580dc2
 YEAR = re.compile(r"\b(1[5-9]\d\d|20\d\d)\b")
 
 def year_of(
@@ -259,7 +259,7 @@ def year_of(
     found = None if date is None else YEAR.search(date.findtext("Year") or " ".join(date.itertext()))
     return int(found[1]) if found else None
 
-# %% ../nbs/02b_medline.ipynb #b9febc60
+# %% ../nbs/02b_medline.ipynb #30dc656e
 def facts_of(
     record,   # MedlineCitation or BookDocument
     article,  # its Article; a BookDocument itself
@@ -273,7 +273,7 @@ def facts_of(
              "language": ",".join(filter(None, map(text_of, article.findall("Language")))), "book": book is not None}
     return {key: value for key, value in facts.items() if value}
 
-# %% ../nbs/02b_medline.ipynb #26599184
+# %% ../nbs/02b_medline.ipynb #1edd3b28
 def document_of(
     root,         # of a record
     source: str,
@@ -292,7 +292,7 @@ def document_of(
     meta = facts_of(record, article) | {"abstract": bool(sections)} | ({"version": version} if version != 1 else {})
     return Document(str(pmid), text, source, meta)
 
-# %% ../nbs/02b_medline.ipynb #ed564669
+# %% ../nbs/02b_medline.ipynb #aabecc7b
 def citation(
     root,  # PubmedArticle, PubmedBookArticle, or what is within them
 ):  # -> MedlineCitation or BookDocument
@@ -300,7 +300,7 @@ def citation(
     if root.tag in ("MedlineCitation", "BookDocument"): return root
     return next(root.iterchildren("MedlineCitation", "BookDocument"), root)
 
-# %% ../nbs/02b_medline.ipynb #566cba39
+# %% ../nbs/02b_medline.ipynb #273342f3
 def identity(
     record,  # an element with a child PMID
 ) -> tuple[int, int]:  # PMID (0 where there is none) and version
@@ -310,7 +310,7 @@ def identity(
     whole = re.fullmatch(r"0*([1-9][0-9]{0,8})", pmid)
     return int(whole[1]) if whole else 0, int(version) if re.fullmatch("[0-9]{1,3}", version) else 1
 
-# %% ../nbs/02b_medline.ipynb #011a05a1
+# %% ../nbs/02b_medline.ipynb #9857856b
 BLOCK, DELETED = 1024, 0xFFFF
 
 @dataclass
@@ -332,7 +332,7 @@ class Revisions:
             if value != 1: kept[pmid] = value
             elif kept: kept.pop(pmid, None)
 
-# %% ../nbs/02b_medline.ipynb #11361965
+# %% ../nbs/02b_medline.ipynb #2cc78eef
 def _see(self, pmid: int, version: int, file: int, turn: int) -> None:
     "File number `file` holds a record with this number, its `turn`-th there."
     if version >= self.versions.get(pmid, 1): self.note(pmid, file, version, turn)
@@ -351,7 +351,7 @@ def _outdated(self, pmid: int, version: int, file: int, turn: int) -> str:
 
 Revisions.see, Revisions.delete, Revisions.outdated = _see, _delete, _outdated
 
-# %% ../nbs/02b_medline.ipynb #002546ee
+# %% ../nbs/02b_medline.ipynb #ed9c7df6
 HEAD = re.compile(rb"""(?:<(?:PubmedArticle|PubmedBookArticle)(?:\s[^>]*)?>\s*)?<(?:MedlineCitation|BookDocument)(?:\s[^>]*)?>\s*<PMID(?:\s+Version\s*=\s*["'](\d{1,3})["'])?\s*>\s*0*([1-9]\d{0,8})\s*</PMID>""")
 
 def number_of(
@@ -362,7 +362,7 @@ def number_of(
     root = parse(piece)
     return (0, 1) if isinstance(root, Skip) else identity(citation(root))
 
-# %% ../nbs/02b_medline.ipynb #ca744bad
+# %% ../nbs/02b_medline.ipynb #150382ba
 def find_revisions(
     paths: Iterable[Path],  # all files of the set, oldest first
 ) -> Revisions:
@@ -376,7 +376,7 @@ def find_revisions(
         except BrokenFile: pass  # the second pass comes to the same place and reports it there, after what it read
     return revisions
 
-# %% ../nbs/02b_medline.ipynb #a914bc9e
+# %% ../nbs/02b_medline.ipynb #224d7f63
 def note_piece(
     revisions: Revisions,
     kind: str,
@@ -391,7 +391,7 @@ def note_piece(
         seen[number[0]] += 1
         revisions.see(*number, file, seen[number[0]])
 
-# %% ../nbs/02b_medline.ipynb #051a0627
+# %% ../nbs/02b_medline.ipynb #13c60473
 PMID = re.compile(rb"""<PMID(?:\s+Version\s*=\s*["'](\d{1,3})["'])?\s*>\s*0*([1-9]\d{0,8})\s*</PMID>""")
 
 def deleted(
@@ -401,40 +401,40 @@ def deleted(
     swallowed = START.search(piece, 1)
     return [(int(found[2]), int(found[1] or 1)) for found in PMID.finditer(piece[:swallowed.start()] if swallowed else piece)]
 
-# %% ../nbs/02b_medline.ipynb #c6b28f9b
-WRAPPED = re.compile(rb"<(PubmedArticle|PubmedBookArticle)(?=[\s/>])")
-BARE = re.compile(rb"<(MedlineCitation)(?=[\s/>])")
+# %% ../nbs/02b_medline.ipynb #e2487612
+WRAPPED = re.compile(rb"<(?:Pubmed(?:Book)?Article|Delete(?:Citation|Document))(?=[\s/>])")
 
-def split_again(
+def swallowed(
     kind: str,
-    piece: bytes,  # not well-formed
-) -> list[bytes]:
-    "A damaged record and those it swallowed; a DeleteCitation is not among them."
-    inner = BARE if kind == "MedlineCitation" or not WRAPPED.search(piece) else WRAPPED
-    places = [found.start() for found in inner.finditer(piece)]
-    return [piece[start:end] for start, end in zip(places, [*places[1:], len(piece)])]
+    piece: bytes,
+) -> bytes:
+    "The records that a record without an end took in: the piece from the second start tag on."
+    found = WRAPPED.search(piece, 1) or (None if kind.startswith("Pubmed") else START.search(piece, 1))
+    return piece[found.start():] if found else b""
 
-# %% ../nbs/02b_medline.ipynb #c59d502a
+# %% ../nbs/02b_medline.ipynb #9ed70b8e
 def record_items(
     kind: str,
     piece: bytes,
     source: str,
     outdated: Callable[[int, int], str],  # PMID and version → why the record does not count
 ) -> Iterator[Document | Skip]:
-    "The document of a record, or of each record in a damaged piece."
-    swallowed = []
+    "The document of a record, and of each record that it swallowed."
+    rest = b""
     if not kind: yield Skip("text between records")
     elif kind.startswith("Delete"):
-        if swallowed := split_again(kind, piece): yield Skip("a damaged DeleteCitation")
+        if rest := swallowed(kind, piece): yield Skip("a damaged DeleteCitation")
     else:
         number = number_of(piece)
         why = outdated(*number) if number[0] else ""
         root = Skip(why, corrupt=False) if why else parse(piece)
         yield root if isinstance(root, Skip) else document_of(root, source, number)
-        if isinstance(root, Skip): swallowed = split_again(kind, piece)[1:]
-    for part in swallowed: yield from record_items(START.match(part)[1].decode(), part, source, outdated)
+        if isinstance(root, Skip): rest = swallowed(kind, piece)
+    try:
+        for inner in pieces_of([rest]) if rest else (): yield from record_items(*inner, source, outdated)
+    except BrokenFile: yield Skip("a record without an end")
 
-# %% ../nbs/02b_medline.ipynb #aa702c8c
+# %% ../nbs/02b_medline.ipynb #5f583d47
 def medline_items(
     path: Path,
     source: str,
@@ -450,7 +450,7 @@ def medline_items(
         for item in record_items(kind, piece, source, outdated): yield (position := position + 1), item
     if not position and not is_set(path): raise BrokenFile("is no MEDLINE or PubMed XML: no record was found in it")
 
-# %% ../nbs/02b_medline.ipynb #b43ae048
+# %% ../nbs/02b_medline.ipynb #7c2fd13f
 def is_set(
     path: Path,  # a file without a record
 ) -> bool:

@@ -142,7 +142,7 @@ def chunks(
         raise BrokenFile(f"is damaged or was cut off ({error})") from None
     except OSError as error: raise BrokenFile(f"cannot be read ({error.strerror or error})") from None
 
-# %% ../nbs/02a_records.ipynb #e9d22db8
+# %% ../nbs/02a_records.ipynb #cddf8544
 def lines(
     path: Path,
     longest: int = LONGEST,  # bytes
@@ -155,12 +155,12 @@ def lines(
         yield from whole
     if rest: yield rest
 
-# %% ../nbs/02a_records.ipynb #654efcf5
+# %% ../nbs/02a_records.ipynb #68172c53
 TEXTS = (("text",), ("title", "abstract"), ("title", "content"), ("content",), ("contents",), ("abstract",), ("note",))
 IDS = ("pmid", "pubmed_id", "pubid", "note_id", "id", "_id", "url", "title")
 FACTS = ("title", "url", "timestamp", "year", "journal", "language")  # columns that travel in `meta`
 
-# %% ../nbs/02a_records.ipynb #b860f94d
+# %% ../nbs/02a_records.ipynb #e190624a
 @lru_cache(maxsize=4096)
 def find_columns(
     columns: tuple[str, ...],              # of a record
@@ -175,14 +175,14 @@ def find_columns(
     if text is None: return "no column with text"
     return text, id or next((lower[name] for name in IDS if name in lower and lower[name] not in text), None)
 
-# %% ../nbs/02a_records.ipynb #99631539
+# %% ../nbs/02a_records.ipynb #ce837657
 def stable_hash(
     text: str,
 ) -> str:  # 24 hexadecimal digits
     "The start of the SHA-256 of a text."
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../nbs/02a_records.ipynb #ab884124
+# %% ../nbs/02a_records.ipynb #dfca8632
 def make_id(
     value: object,  # what the id's column holds, or None
     text: str,      # of the document
@@ -196,7 +196,7 @@ def make_id(
     value = value.strip()
     return stable_hash(value) if "://" in value else value or stable_hash(text)
 
-# %% ../nbs/02a_records.ipynb #b32acf13
+# %% ../nbs/02a_records.ipynb #6f15bc43
 def is_unicode(
     text: str,
 ) -> bool:
@@ -206,7 +206,7 @@ def is_unicode(
     except UnicodeEncodeError: return False
     return True
 
-# %% ../nbs/02a_records.ipynb #a73aac21
+# %% ../nbs/02a_records.ipynb #960e09d4
 def make_document(
     record: dict,                # column → value
     source: str,
@@ -226,7 +226,7 @@ def make_document(
     facts = {key: record[key] for key in FACTS if isinstance(record.get(key), str | int)}
     return name if isinstance(name, Skip) else Document(name, content, source, facts)
 
-# %% ../nbs/02a_records.ipynb #9982cca3
+# %% ../nbs/02a_records.ipynb #b5029155
 def parse_json(
     line: bytes,
 ) -> dict | Skip:
@@ -235,18 +235,19 @@ def parse_json(
     except (ValueError, RecursionError): return Skip("no JSON")
     return record if isinstance(record, dict) else Skip(f"JSON of type {type(record).__name__}, not an object")
 
-# %% ../nbs/02a_records.ipynb #7dce5d5e
+# %% ../nbs/02a_records.ipynb #5d99dfc4
 def jsonl_items(
     path: Path,
     make: Callable[[dict], Document | Skip],  # turns a record into a document
 ) -> Iterator[tuple[int, Document | Skip]]:  # line number, from 1
     "The records of a file of JSON lines."
     for number, line in enumerate(lines(path), 1):
+        if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip(): continue
         record = parse_json(line)
         yield number, record if isinstance(record, Skip) else make(record)
 
-# %% ../nbs/02a_records.ipynb #a6e9b8c3
+# %% ../nbs/02a_records.ipynb #969bde71
 def parquet_items(
     path: Path,
     make: Callable[[dict], Document | Skip],
@@ -266,7 +267,7 @@ def parquet_items(
     except (pyarrow.ArrowException, UnicodeDecodeError) as error: raise BrokenFile(f"is no readable Parquet ({str(error).splitlines()[0][:200]})") from None
     except OSError as error: raise BrokenFile(f"cannot be read ({str(error.strerror or error).splitlines()[0][:200]})") from None
 
-# %% ../nbs/02a_records.ipynb #e54dda2f
+# %% ../nbs/02a_records.ipynb #4b9de951
 def rows(
     batch,  # pyarrow.RecordBatch
 ) -> Iterator[dict | Skip]:
@@ -277,7 +278,7 @@ def rows(
             try: yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError: yield Skip("no valid UTF-8")
 
-# %% ../nbs/02a_records.ipynb #7830696b
+# %% ../nbs/02a_records.ipynb #dc909416
 def text_items(
     path: Path,
     make: Callable[[dict], Document | Skip],
@@ -291,11 +292,11 @@ def text_items(
     try: yield 1, make({"id": name, "text": content.decode("utf-8-sig")})
     except UnicodeDecodeError: raise BrokenFile("is no UTF-8 text") from None
 
-# %% ../nbs/02a_records.ipynb #a673b9d3
+# %% ../nbs/02a_records.ipynb #c944d990
 FORMAT = re.compile(r"\.(?:(jsonl|ndjson|json|xml|txt)(?:\.gz|\.zst)?|(parquet))$", re.IGNORECASE)
 ACCEPTED = ".jsonl, .json (a record per line), .xml, .txt (each also with .gz or .zst), .parquet"
 
-# %% ../nbs/02a_records.ipynb #a4c4e07a
+# %% ../nbs/02a_records.ipynb #ad361e0b
 def format_of(
     path: Path,
 ) -> str | None:  # "jsonl", "parquet", "xml", "txt"; None where the name tells nothing
@@ -304,7 +305,7 @@ def format_of(
     kind = found and (found[1] or found[2]).lower()
     return "jsonl" if kind in ("json", "ndjson") else kind
 
-# %% ../nbs/02a_records.ipynb #25be5c26
+# %% ../nbs/02a_records.ipynb #725fdbe9
 def all_files(
     path: Path,  # a file or a folder
 ) -> dict[str, Path]:  # relative name → file, sorted
@@ -313,7 +314,7 @@ def all_files(
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     return {name: path / name for name in names if not any(part.startswith(".") for part in name.split("/"))}
 
-# %% ../nbs/02a_records.ipynb #597f3f9c
+# %% ../nbs/02a_records.ipynb #5940e699
 def data_files(
     path: Path,         # a file or a folder
     report: ReadReport, # learns which files are ignored
@@ -326,7 +327,7 @@ def data_files(
     if not known: raise UserError(f"{path} holds no file of a known format{f' (only {report.ignored[0]} and the like)' if files else ''}; {ACCEPTED} are accepted")
     return known
 
-# %% ../nbs/02a_records.ipynb #6cf77913
+# %% ../nbs/02a_records.ipynb #2db2d49e
 def file_hashes(
     folder: str | Path,  # a folder, or one file
 ) -> dict[str, str]:  # relative name → SHA-256, sorted by name
@@ -335,7 +336,7 @@ def file_hashes(
         with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
     return {name: digest(path) for name, path in all_files(Path(folder)).items()}
 
-# %% ../nbs/02a_records.ipynb #02ca4554
+# %% ../nbs/02a_records.ipynb #9972104b
 def read_items(
     files: Iterable[tuple[str, Iterable]],  # name of each file, its items
     what: str,                              # the whole, for messages: a folder, a hub name
@@ -356,7 +357,7 @@ def read_items(
     if not report.read and not after:
         raise UserError(f"{what} holds no document: {report.present} records in {len(report.counts)} files{reasons(report)}")
 
-# %% ../nbs/02a_records.ipynb #0aa5c7c7
+# %% ../nbs/02a_records.ipynb #6128f812
 def read_file(
     name: str,
     items: Iterable[tuple[int, Document | Skip]],
@@ -376,7 +377,7 @@ def read_file(
     if count.total() and count.total() == report.corrupt - corrupt:
         raise UserError(f"{name} is of another format or has other columns: none of its {count.total():,} records could be read{reasons(report)}")
 
-# %% ../nbs/02a_records.ipynb #3b819135
+# %% ../nbs/02a_records.ipynb #83d01cd5
 def reasons(
     report: ReadReport,
 ) -> str:  # " (3 × no JSON, …)", or nothing
@@ -384,7 +385,7 @@ def reasons(
     named = ", ".join(f"{n:,} × {why}" for why, n in report.skipped.most_common(3))
     return f" ({named})" if named else ""
 
-# %% ../nbs/02a_records.ipynb #c1ba5d37
+# %% ../nbs/02a_records.ipynb #c60d3e16
 def check_share(
     report: ReadReport,
     max_bad: float,  # share of the records present

@@ -352,7 +352,7 @@ def _state_out(
     "A state as mamba-ssm writes it."
     return v.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
-# %% ../nbs/06a_ssd.ipynb #3910339f
+# %% ../nbs/06a_ssd.ipynb #f2d7f134
 def scan_step(
     state: Tensor,             # (batch, H, P, N), updated in place
     x: Tensor,                 # (batch, H, P)
@@ -373,7 +373,7 @@ def scan_step(
     y = (h.flatten(2, 3) @ C.to(state.dtype).unsqueeze(-1)).view(b, H, P)
     return (y if D is None else torch.addcmul(y, x.to(state.dtype), D.to(state.dtype)[:, None])).to(x.dtype)
 
-# %% ../nbs/06a_ssd.ipynb #6081932f
+# %% ../nbs/06a_ssd.ipynb #69f01bc4
 def _lags(
     length: int,             # T
     taps: int,               # K
@@ -384,7 +384,7 @@ def _lags(
     lags = range(1, min(taps, length))
     return [None if seq_idx is None else (seq_idx[:, k:] == seq_idx[:, :-k]).to(like.dtype).unsqueeze(-1) for k in lags]
 
-# %% ../nbs/06a_ssd.ipynb #be025eac
+# %% ../nbs/06a_ssd.ipynb #090d0a51
 def _conv_sum(
     x: Tensor,              # (batch, T, channels)
     weight: Tensor,         # (channels, K), the last column for the token itself
@@ -401,7 +401,7 @@ def _conv_sum(
         y[:, :k].addcmul_(window[:, K - 1 - k:][:, :T], weight[:, -1 - k])
     return y
 
-# %% ../nbs/06a_ssd.ipynb #b9cc9461
+# %% ../nbs/06a_ssd.ipynb #7dfd7d6c
 class CausalConv(torch.autograd.Function):
     "The convolution and its SiLU, keeping only its input."
 
@@ -427,7 +427,7 @@ class CausalConv(torch.autograd.Function):
             dw[:, -1 - k] += (dz[:, :k] * window[:, weight.shape[1] - 1 - k:][:, :x.shape[1]]).sum((0, 1))
         return dx.to(dtype), dw, None if bias is None else dz.sum((0, 1)), None, None
 
-# %% ../nbs/06a_ssd.ipynb #a6a8320b
+# %% ../nbs/06a_ssd.ipynb #504fcfe9
 def causal_conv(
     x: Tensor,                      # (batch, T, channels)
     weight: Tensor,                 # (channels, K), the last column for the token itself

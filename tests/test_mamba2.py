@@ -184,6 +184,9 @@ def test_left_padded_batch_equals_single_prompts():
     prompts = [text(1, n, seed=n)[0] for n in (3, 11, 7)]
     batch = torch.stack([F.pad(p, (11 - len(p), 0), value=1) for p in prompts])
     mask = torch.stack([F.pad(torch.ones_like(p), (11 - len(p), 0)) for p in prompts])
+    with torch.no_grad():
+        for row, logits in zip(prompts, model(batch, attention_mask=mask).logits):
+            torch.testing.assert_close(logits[11 - len(row):], model(row[None]).logits[0], rtol=0, atol=1e-5)
     both = model.generate(batch, attention_mask=mask, max_new_tokens=10, do_sample=False)[:, 11:]
     for row, p in zip(both, prompts):
         alone = model.generate(p[None], attention_mask=torch.ones_like(p[None]), max_new_tokens=10, do_sample=False)[0, len(p):]
