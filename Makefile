@@ -16,7 +16,7 @@ NOTEBOOKS := $(PY) .ci/notebooks.py
 PYTEST := TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra
 
 .NOTPARALLEL:
-.PHONY: help setup cpt test gate test-notebooks test-fast test-slow outputs export readme results docs clean
+.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow outputs export readme results docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-16s%s\n' "$$name" "$$text"; done
@@ -38,10 +38,13 @@ gate: setup ## exported modules, README, stored outputs: all belong to the noteb
 test-notebooks: setup ## run every cell of the library notebooks
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --file_re "$$($(NOTEBOOKS) library)" --n_workers 2 --do_print
 
-test-fast: setup ## pytest, without the slow tests
+oracles: setup ## add upstream's kernels, with which the tests compare
+	@if [[ $$(uname -s) == Linux ]]; then .ci/setup "$(PYTHON)" "$(abspath $(VENV))" oracles; fi
+
+test-fast: oracles ## pytest, without the slow tests
 	$(PYTEST) -m "not slow"
 
-test-slow: setup ## pytest, the slow tests
+test-slow: oracles ## pytest, the slow tests
 	$(PYTEST) -m slow
 
 outputs: setup ## execute the notebooks in place and store their outputs; NB="10_cpt index" for some of them

@@ -25,12 +25,12 @@ from .mamba2 import EOS, PAD, BioMambaForCausalLM
 from .paper import SCALES
 from .runs import UserError, did_you_mean, folder_atomic, progress, recipe, resolve
 
-# %% ../nbs/06c_checkpoints.ipynb #33561454
+# %% ../nbs/06c_checkpoints.ipynb #34a39e5a
 SSM_DEFAULTS = dict(d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=256, bias=False, conv_bias=True)
 SSM_NAMES = dict(d_state="state_size", d_conv="conv_kernel", expand="expand", headdim="head_dim", ngroups="n_groups",
                  chunk_size="chunk_size", bias="use_bias", conv_bias="use_conv_bias")
 
-# %% ../nbs/06c_checkpoints.ipynb #2067efb1
+# %% ../nbs/06c_checkpoints.ipynb #19a3df77
 def _refuse_other_models(
     config: dict,   # of a state-spaces folder
     where: Path,
@@ -44,7 +44,7 @@ def _refuse_other_models(
         if config.get(key, plain) != plain:
             raise UserError(f"{where} sets {key} to {config[key]!r}: that is a hybrid of Mamba-2, and only the plain model with {key} = {plain!r} is supported")
 
-# %% ../nbs/06c_checkpoints.ipynb #6ccbcea2
+# %% ../nbs/06c_checkpoints.ipynb #056ba27d
 def config_from_state_spaces(
     config: dict,              # config.json of mamba-ssm
     where: Path = Path("."),   # for error messages
@@ -60,7 +60,7 @@ def config_from_state_spaces(
         eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, layer_norm_epsilon=1e-5, initializer_range=0.02,
         rescale_prenorm_residual=False, tokenizer_entries=entries, pad_vocab_size_multiple=multiple)
 
-# %% ../nbs/06c_checkpoints.ipynb #86638a9e
+# %% ../nbs/06c_checkpoints.ipynb #babe0783
 def config_to_state_spaces(
     config: Mamba2Config,
 ) -> dict:  # config.json of mamba-ssm
@@ -75,7 +75,7 @@ def config_to_state_spaces(
                 attn_layer_idx=[], attn_cfg={}, rms_norm=True, residual_in_fp32=config.residual_in_fp32, fused_add_norm=True,
                 pad_vocab_size_multiple=multiple, tie_embeddings=config.tie_word_embeddings)
 
-# %% ../nbs/06c_checkpoints.ipynb #69ee5e25
+# %% ../nbs/06c_checkpoints.ipynb #2e37811e
 def from_state_spaces(
     tensors: dict[str, Tensor],  # mamba-ssm's names
     tied: bool = True,           # the head is the embedding
@@ -88,7 +88,7 @@ def from_state_spaces(
             raise UserError("the configuration ties the head to the embedding, but lm_head.weight and backbone.embedding.weight differ")
     return out
 
-# %% ../nbs/06c_checkpoints.ipynb #7395aa53
+# %% ../nbs/06c_checkpoints.ipynb #8d2b2b5b
 def to_state_spaces(
     tensors: dict[str, Tensor],  # transformers' names
     tied: bool = True,           # the head is the embedding
@@ -98,12 +98,12 @@ def to_state_spaces(
     if tied: out["lm_head.weight"] = out["backbone.embedding.weight"]
     return out
 
-# %% ../nbs/06c_checkpoints.ipynb #746e0e74
+# %% ../nbs/06c_checkpoints.ipynb #25b88225
 FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
          "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the published checkpoints were trained with; their folders hold none
 
-# %% ../nbs/06c_checkpoints.ipynb #3ee3406b
+# %% ../nbs/06c_checkpoints.ipynb #4f79a146
 def _local(
     name: str,            # a path, perhaps
 ) -> Path | None:         # the folder that holds config.json
@@ -117,7 +117,7 @@ def _local(
         raise UserError(f"there is no folder {name}{did_you_mean(name, known)}; a model is a folder, a scale ({', '.join(SCALES)}) or a hub name such as state-spaces/mamba2-130m")
     return inside
 
-# %% ../nbs/06c_checkpoints.ipynb #5eab26ea
+# %% ../nbs/06c_checkpoints.ipynb #637cae29
 def _complete(
     folder: Path,
     wanted: tuple[str, ...],  # patterns, one of which must be there
@@ -125,7 +125,7 @@ def _complete(
     "Whether a snapshot holds what was asked for."
     return any(next(folder.glob(pattern), None) for pattern in wanted)
 
-# %% ../nbs/06c_checkpoints.ipynb #c63399e0
+# %% ../nbs/06c_checkpoints.ipynb #f8ab713a
 def hub_snapshot(
     name: str,                # owner/name on the hub
     revision: str | None,     # branch, tag or commit; None: main
@@ -144,7 +144,7 @@ def hub_snapshot(
     raise UserError(f"{name}{f' at revision {revision}' if revision else ''} could not be had: {reason}; "
                     "name a local folder as `model`, or take scale tiny, which needs no download")
 
-# %% ../nbs/06c_checkpoints.ipynb #31656e49
+# %% ../nbs/06c_checkpoints.ipynb #cd963cd2
 def find_checkpoint(
     name_or_path: str | os.PathLike,  # a folder, a run folder, a scale or a hub name
     revision: str | None = None,      # on the hub: branch, tag or commit
@@ -154,7 +154,7 @@ def find_checkpoint(
     if name in SCALES and not resolve(name).is_dir(): name, revision = recipe(name).checkpoint, revision or recipe(name).revision
     return _local(name) or hub_snapshot(name, revision, ("*.safetensors", "pytorch_model.bin"))
 
-# %% ../nbs/06c_checkpoints.ipynb #0c13beec
+# %% ../nbs/06c_checkpoints.ipynb #fbae6c03
 def read_config(
     folder: Path,   # holds config.json
 ) -> tuple[Mamba2Config, bool]:  # the configuration, and whether it is mamba-ssm's
@@ -167,7 +167,7 @@ def read_config(
     if kind != "mamba2": raise UserError(f"{folder / 'config.json'} describes neither a Mamba-2 of transformers nor one of mamba-ssm: model_type is {kind!r}, and there is no d_model")
     return Mamba2Config.from_pretrained(folder), False
 
-# %% ../nbs/06c_checkpoints.ipynb #3d9dee8a
+# %% ../nbs/06c_checkpoints.ipynb #7f3af7ad
 @contextlib.contextmanager
 def _reading(
     file: Path,
@@ -182,7 +182,7 @@ def _reading(
         raise UserError(f"{file} is a pickle that holds more than tensors and could run code, so it is not read; ask for the model as safetensors") from None
     except (RuntimeError, EOFError, OSError) as e: raise UserError(f"{file} is damaged or cut short ({(str(e).splitlines() or ['it is empty'])[0]}); fetch or copy it again") from None
 
-# %% ../nbs/06c_checkpoints.ipynb #694d1023
+# %% ../nbs/06c_checkpoints.ipynb #bff98b21
 def weight_files(
     folder: Path,
 ) -> list[Path]:  # safetensors, or one pickle
@@ -193,7 +193,7 @@ def weight_files(
     if found is None: raise UserError(f"{folder} holds a configuration but no weights: neither model.safetensors nor pytorch_model.bin")
     return [found]
 
-# %% ../nbs/06c_checkpoints.ipynb #b11bfb2c
+# %% ../nbs/06c_checkpoints.ipynb #9f90cba2
 def read_tensors(
     folder: Path,
 ) -> Iterator[tuple[str, Tensor]]:  # name as stored, tensor
@@ -205,7 +205,7 @@ def read_tensors(
                     for name in f.keys(): yield name, f.get_tensor(name)
             else: yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
 
-# %% ../nbs/06c_checkpoints.ipynb #d0f71eec
+# %% ../nbs/06c_checkpoints.ipynb #6053f1bc
 def check_tensors(
     found: dict[str, Tensor],     # transformers' names
     model: BioMambaForCausalLM,   # the model they are for
@@ -221,7 +221,7 @@ def check_tensors(
     wrong = next((name for name, shape in expected.items() if found[name].shape != shape), None)
     if wrong: raise UserError(f"{where}: {wrong} has shape {tuple(found[wrong].shape)}, the configuration asks for {tuple(expected[wrong])}")
 
-# %% ../nbs/06c_checkpoints.ipynb #211bfece
+# %% ../nbs/06c_checkpoints.ipynb #223f8ee3
 def load_model(
     name_or_path: str | os.PathLike,        # a folder, a run folder, a scale or a hub name
     revision: str | None = None,            # on the hub: branch, tag or commit
@@ -240,7 +240,7 @@ def load_model(
     else: model.generation_config = generation_config(config)
     return model.eval()
 
-# %% ../nbs/06c_checkpoints.ipynb #a9a4af0a
+# %% ../nbs/06c_checkpoints.ipynb #9be566d4
 def generation_config(
     config: Mamba2Config,
 ) -> GenerationConfig:
@@ -249,7 +249,7 @@ def generation_config(
     return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,
                             suppress_tokens=list(range(entries, config.vocab_size)) or None)
 
-# %% ../nbs/06c_checkpoints.ipynb #7b45eb77
+# %% ../nbs/06c_checkpoints.ipynb #1dac65f2
 def _tokenizer_file(
     name_or_path: str | os.PathLike,
     revision: str | None,
@@ -263,7 +263,7 @@ def _tokenizer_file(
     if not (folder / "tokenizer.json").is_file(): folder = hub_snapshot(TOKENIZER, None, ("tokenizer.json",))
     return folder / "tokenizer.json"
 
-# %% ../nbs/06c_checkpoints.ipynb #a78fedf0
+# %% ../nbs/06c_checkpoints.ipynb #ca926896
 def load_tokenizer(
     name_or_path: str | os.PathLike,   # a folder, a tokenizer.json, a run folder, a scale or a hub name
     revision: str | None = None,       # on the hub: branch, tag or commit
@@ -276,7 +276,7 @@ def load_tokenizer(
         raise UserError(f"{file} has <|endoftext|> at id {tokenizer.eos_token_id} and <|padding|> at {tokenizer.pad_token_id}; they must be {EOS} and {PAD}")
     return tokenizer
 
-# %% ../nbs/06c_checkpoints.ipynb #d70caa16
+# %% ../nbs/06c_checkpoints.ipynb #e15756d0
 def save_model(
     model: BioMambaForCausalLM,
     folder: str | os.PathLike,           # replaced if it is there
@@ -291,7 +291,7 @@ def save_model(
         model.save_pretrained(inside)
         tokenizer.save_pretrained(inside)
 
-# %% ../nbs/06c_checkpoints.ipynb #968bc6b3
+# %% ../nbs/06c_checkpoints.ipynb #47288c9f
 def _write_transformers(
     source: Path,
     folder: Path,   # an empty folder
@@ -314,7 +314,7 @@ def _write_transformers(
     config.architectures = ["Mamba2ForCausalLM"]
     config.save_pretrained(folder); generation_config(config).save_pretrained(folder)
 
-# %% ../nbs/06c_checkpoints.ipynb #27c68c9a
+# %% ../nbs/06c_checkpoints.ipynb #2c11b0bd
 def convert(
     source: str | os.PathLike,       # a folder, a scale or a hub name, in either format
     destination: str | os.PathLike,  # a new folder

@@ -6,25 +6,24 @@
 __all__ = ['logger', 'EOS', 'PAD', 'BACKBONE', 'mamba2_config', 'GatedNorm', 'BioMambaRMSNorm', 'cuda_kernels', 'kernels_for',
            'convolve', 'scan', 'BioMambaMixer', 'HeadLoss', 'head_loss', 'BioMambaForCausalLM', 'new_model']
 
-# %% ../nbs/06b_mamba2.ipynb #080b46ae
+# %% ../nbs/06b_mamba2.ipynb #41964893
 import functools, logging, math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
-
 from .runs import Recipe, UserError
 from .ssd import causal_conv, chunk_scan, scan_step, step_sizes
 
+# %% ../nbs/06b_mamba2.ipynb #70e9585a
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/06b_mamba2.ipynb #030d1d29
+# %% ../nbs/06b_mamba2.ipynb #0841621a
 EOS, PAD = 0, 1  # <|endoftext|> and <|padding|> of the GPT-NeoX tokenizer
 
-# %% ../nbs/06b_mamba2.ipynb #75eaee8c
+# %% ../nbs/06b_mamba2.ipynb #041a622a
 def mamba2_config(
     recipe: Recipe,                       # gives the shape
     vocabulary_size: int | None = None,   # rows of the embedding; None: the recipe's
@@ -37,7 +36,7 @@ def mamba2_config(
         eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, residual_in_fp32=True, rescale_prenorm_residual=False,
         initializer_range=0.02, layer_norm_epsilon=1e-5)
 
-# %% ../nbs/06b_mamba2.ipynb #3e76ed48
+# %% ../nbs/06b_mamba2.ipynb #f01d1db2
 def _normalize(
     x: Tensor,            # (..., width)
     gate: Tensor | None,  # the same shape
@@ -51,7 +50,7 @@ def _normalize(
     r = torch.rsqrt(torch.linalg.vector_norm(g, dim=-1, keepdim=True).square_().div_(group).add_(eps))
     return (g * r if gate is None else g.mul_(r)), r
 
-# %% ../nbs/06b_mamba2.ipynb #b1904a0e
+# %% ../nbs/06b_mamba2.ipynb #df1aaffe
 class GatedNorm(torch.autograd.Function):
     "RMSNorm of x, or of x · SiLU(gate), keeping only its inputs."
 
@@ -75,14 +74,14 @@ class GatedNorm(torch.autograd.Function):
             dgate = torch.ops.aten.silu_backward(dg * x, z)
             return dg.mul_(F.silu(z)).to(x.dtype), dgate.to(gate.dtype), dw.to(weight.dtype), None, None
 
-# %% ../nbs/06b_mamba2.ipynb #e0b34c51
+# %% ../nbs/06b_mamba2.ipynb #47cf0805
 class BioMambaRMSNorm(Mamba2RMSNorm):
     "transformers' norm of a block, with the gradient above."
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return GatedNorm.apply(hidden_states, None, self.weight, self.variance_epsilon, hidden_states.shape[-1])
 
-# %% ../nbs/06b_mamba2.ipynb #6a1ba1c4
+# %% ../nbs/06b_mamba2.ipynb #dc515064
 @functools.cache
 def cuda_kernels() -> tuple | None:  # (causal_conv1d_fn, mamba_chunk_scan_combined), or None
     "The compiled kernels, if they can be imported."
@@ -95,14 +94,14 @@ def cuda_kernels() -> tuple | None:  # (causal_conv1d_fn, mamba_chunk_scan_combi
         return None
     return causal_conv1d_fn, mamba_chunk_scan_combined
 
-# %% ../nbs/06b_mamba2.ipynb #61c4e6df
+# %% ../nbs/06b_mamba2.ipynb #9a9a83ce
 def kernels_for(
     x: Tensor,        # an input of a layer
 ) -> tuple | None:
     "The compiled kernels for a tensor on a GPU."
     return cuda_kernels() if x.is_cuda else None
 
-# %% ../nbs/06b_mamba2.ipynb #d7c18dbd
+# %% ../nbs/06b_mamba2.ipynb #0dac190f
 def convolve(
     x: Tensor,               # (batch, T, channels)
     conv: nn.Conv1d,         # depthwise, K taps
@@ -119,7 +118,7 @@ def convolve(
     y = kernels[0](x.mT, weight, conv.bias, seq_idx=ids, activation="silu").mT
     return y if window is None else y[:, window.shape[1]:]
 
-# %% ../nbs/06b_mamba2.ipynb #3efdc24c
+# %% ../nbs/06b_mamba2.ipynb #2b231b8d
 def scan(
     x: Tensor,    # (batch, T, H, P)
     dt: Tensor,   # (batch, T, H), as projected
@@ -136,7 +135,7 @@ def scan(
     if kernels: return kernels[1](x, dt, A, B, C, chunk_size, dt_softplus=True, seq_idx=ids, **options)
     return chunk_scan(x, dt, A, B, C, dt_softplus=True, seq_idx=ids, **options)
 
-# %% ../nbs/06b_mamba2.ipynb #eae01ee6
+# %% ../nbs/06b_mamba2.ipynb #73a43673
 class BioMambaMixer(Mamba2Mixer):
     "transformers' mixer with `seq_idx`, our scan on any device, and the same parameters."
 
@@ -153,7 +152,7 @@ class BioMambaMixer(Mamba2Mixer):
     def _window(self, cache, xbc): return _window(self, cache, xbc)
     def _mix(self, *args): return _mix(self, *args)
 
-# %% ../nbs/06b_mamba2.ipynb #6f4fe7b1
+# %% ../nbs/06b_mamba2.ipynb #22dfcf26
 def _window(
     mixer: BioMambaMixer,
     cache,        # transformers' cache, or None
@@ -165,7 +164,7 @@ def _window(
     full = cache.update_conv_state(xbc.mT, mixer.layer_idx, conv_kernel_size=K)
     return full[..., full.shape[-1] - T - K + 1:full.shape[-1] - T].mT.to(xbc.dtype) if old else None
 
-# %% ../nbs/06b_mamba2.ipynb #f30b8cf3
+# %% ../nbs/06b_mamba2.ipynb #ea617b69
 def _mix(
     mixer: BioMambaMixer,
     xbc: Tensor,              # (batch, T, channels): x, B and C side by side
@@ -188,7 +187,7 @@ def _mix(
         cache.update_recurrent_state(state, mixer.layer_idx)
     return y.flatten(2)
 
-# %% ../nbs/06b_mamba2.ipynb #c560804e
+# %% ../nbs/06b_mamba2.ipynb #098ff0c5
 def _blocks(
     rows: int,        # positions that are scored
     vocabulary: int,  # V
@@ -197,7 +196,7 @@ def _blocks(
     step = max(128, min(1024, 2**25 // vocabulary))
     return [slice(i, i + step) for i in range(0, rows, step)]
 
-# %% ../nbs/06b_mamba2.ipynb #09dedbf3
+# %% ../nbs/06b_mamba2.ipynb #bf4c7ce9
 def _block_loss(
     hidden: Tensor,   # (rows, width), in the dtype of the products
     weight: Tensor,   # (V, width), the same dtype
@@ -208,7 +207,7 @@ def _block_loss(
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     return -logp.gather(1, targets[:, None]).squeeze(1), logp
 
-# %% ../nbs/06b_mamba2.ipynb #25930d54
+# %% ../nbs/06b_mamba2.ipynb #1eff1700
 def _block_gradient(
     logp: Tensor,      # (rows, V), overwritten
     hidden: Tensor,    # (rows, width)
@@ -225,7 +224,7 @@ def _block_gradient(
     else: dweight += p.T @ hidden
     return p @ weight
 
-# %% ../nbs/06b_mamba2.ipynb #9837473b
+# %% ../nbs/06b_mamba2.ipynb #3a159441
 class HeadLoss(torch.autograd.Function):
     "Losses of all rows; with `scale`, their sum times scale, and the gradients formed on the way."
 
@@ -251,7 +250,7 @@ class HeadLoss(torch.autograd.Function):
             dh[k] = _block_gradient(_block_loss(h[k], w, targets[k])[1], h[k], w, targets[k], grad[k, None], dw)
         return dh, dw, None, None, None
 
-# %% ../nbs/06b_mamba2.ipynb #5fd46f3a
+# %% ../nbs/06b_mamba2.ipynb #76f613b6
 def head_loss(
     hidden: Tensor,           # (..., width)
     weight: Tensor,           # (V, width)
@@ -270,7 +269,7 @@ def head_loss(
     if scale is not None: return losses.sum() * scale
     return losses.new_zeros(targets.numel()).masked_scatter(scored, losses).view(targets.shape)
 
-# %% ../nbs/06b_mamba2.ipynb #edd22823
+# %% ../nbs/06b_mamba2.ipynb #fa26179a
 def _shifted(
     labels: Tensor,           # (rows, T): what stands at each position
     seq_idx: Tensor | None,   # (rows, T)
@@ -280,10 +279,10 @@ def _shifted(
     if seq_idx is None: return targets
     return targets.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1), value=True), -100)
 
-# %% ../nbs/06b_mamba2.ipynb #6ec8bfed
+# %% ../nbs/06b_mamba2.ipynb #86771204
 BACKBONE = ("inputs_embeds", "cache_params", "attention_mask", "output_hidden_states")  # what `forward` passes through
 
-# %% ../nbs/06b_mamba2.ipynb #dbbde00d
+# %% ../nbs/06b_mamba2.ipynb #feb739e7
 class BioMambaForCausalLM(Mamba2ForCausalLM):
     "transformers' Mamba-2 language model with packed documents, our scan and a loss without logits."
 
@@ -313,7 +312,7 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
 
     def save_pretrained(self, folder, **kwargs): _save_plain(self, folder, **kwargs)
 
-# %% ../nbs/06b_mamba2.ipynb #a8c423a1
+# %% ../nbs/06b_mamba2.ipynb #d1864dcb
 def _head(
     model: BioMambaForCausalLM,
     hidden: Tensor,            # (rows, T, width)
@@ -326,7 +325,7 @@ def _head(
     hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep] if isinstance(keep, Tensor) or keep else hidden
     return None, model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
 
-# %% ../nbs/06b_mamba2.ipynb #5952e6e2
+# %% ../nbs/06b_mamba2.ipynb #cdfc0cbd
 def _save_plain(
     model: BioMambaForCausalLM,
     folder,      # where to
@@ -337,7 +336,7 @@ def _save_plain(
     model.config.architectures, model.config.rescale_prenorm_residual = ["Mamba2ForCausalLM"], False
     model.config.save_pretrained(folder)
 
-# %% ../nbs/06b_mamba2.ipynb #56c2f767
+# %% ../nbs/06b_mamba2.ipynb #09275719
 def _initial_value(
     name: str,       # of the parameter
     p: Tensor,       # gives its shape
@@ -357,7 +356,7 @@ def _initial_value(
     value = uniform(-fan_in**-0.5, fan_in**-0.5)
     return value / config.num_hidden_layers**0.5 if name.endswith("out_proj.weight") else value
 
-# %% ../nbs/06b_mamba2.ipynb #4850f36c
+# %% ../nbs/06b_mamba2.ipynb #51df783f
 def new_model(
     config: Mamba2Config,  # for instance from `mamba2_config`
     seed: int,             # decides every weight

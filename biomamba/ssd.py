@@ -81,14 +81,14 @@ def whole_matrix(
     G = torch.einsum("bihn,bjhn->bhij", _per_head(C, dt.shape[2]), _per_head(B, dt.shape[2]))
     return G * L * dt.transpose(1, 2).unsqueeze(2)
 
-# %% ../nbs/06a_ssd.ipynb #a3b3897e
+# %% ../nbs/06a_ssd.ipynb #dbd8da1e
 class Decays(NamedTuple):
     "The decays of steps 2 to 4; rows are the chunks of all sequences, R heads in each of G groups."
     arrive: Tensor  # (rows, Q, G, R): from the chunk's start to each token
     leave: Tensor   # (rows, Q, G, R): from each token to the chunk's end
     carry: Tensor   # (rows, G, R): from the chunk's start to its end
 
-# %% ../nbs/06a_ssd.ipynb #4c8143c5
+# %% ../nbs/06a_ssd.ipynb #5cf65c50
 def decays(
     s: Tensor,               # (rows, Q, G, R): log decay since the chunk's start, that token included
     seq_idx: Tensor | None,  # (rows, Q)
@@ -102,7 +102,7 @@ def decays(
     return Decays(out.arrive * same(seq_idx, before), out.leave * same(seq_idx, seq_idx[:, -1:]),
                   out.carry * same(seq_idx[:, -1], before[:, 0]))
 
-# %% ../nbs/06a_ssd.ipynb #13782ab5
+# %% ../nbs/06a_ssd.ipynb #a6ab764a
 def _slabs(
     rows: int,     # chunks of all sequences
     numbers: int,  # H × Q × Q of one chunk
@@ -112,21 +112,21 @@ def _slabs(
     step = max(1, cache // numbers)
     return [slice(i, i + step) for i in range(0, rows, step)]
 
-# %% ../nbs/06a_ssd.ipynb #a0da4c5b
+# %% ../nbs/06a_ssd.ipynb #1755893a
 def _heads_first(
     v: Tensor,  # (rows, Q, G, R, P)
 ) -> Tensor:    # (rows, G, R, Q, P)
     "The layout of products per head."
     return v.permute(0, 2, 3, 1, 4)
 
-# %% ../nbs/06a_ssd.ipynb #d773e735
+# %% ../nbs/06a_ssd.ipynb #ff4d1a4d
 def _wide(
     v: Tensor,  # (rows, Q, G, R, P)
 ) -> Tensor:    # (rows, G, Q, R * P)
     "The layout of products per group: the heads side by side."
     return v.flatten(3).transpose(1, 2)
 
-# %% ../nbs/06a_ssd.ipynb #82b9ffe6
+# %% ../nbs/06a_ssd.ipynb #a27d0a6e
 def within_chunks(
     xdt: Tensor,    # Δ x, (rows, Q, G, R, P)
     s: Tensor,      # (rows, Q, G, R)
@@ -142,7 +142,7 @@ def within_chunks(
         out[k] = (M @ _heads_first(xdt[k])).permute(0, 3, 1, 2, 4)
     return out
 
-# %% ../nbs/06a_ssd.ipynb #0c174e2b
+# %% ../nbs/06a_ssd.ipynb #e77017aa
 def pass_states(
     added: Tensor,           # (batch, chunks, G, N, R, P): step 2
     carry: Tensor,           # (batch, chunks, G, 1, R, 1)
@@ -155,7 +155,7 @@ def pass_states(
         torch.addcmul(added[:, c], states[:, c], carry[:, c], out=states[:, c + 1])
     return states
 
-# %% ../nbs/06a_ssd.ipynb #556748d0
+# %% ../nbs/06a_ssd.ipynb #4deeb361
 def _forward(
     x: Tensor,               # (rows, Q, G, R, P)
     dt: Tensor,              # (rows, Q, G, R)
@@ -175,7 +175,7 @@ def _forward(
     arrived = C.transpose(1, 2) @ states[:, :-1].reshape(rows, G, -1, R * P)
     return y.addcmul_(arrived.transpose(1, 2).reshape(x.shape), d.arrive.unsqueeze(-1)), states
 
-# %% ../nbs/06a_ssd.ipynb #3eb8bc9b
+# %% ../nbs/06a_ssd.ipynb #c01669d4
 def within_chunks_backward(
     dy: Tensor,     # gradient of the outputs, (rows, Q, G, R, P)
     xdt: Tensor,    # Δ x, (rows, Q, G, R, P)
@@ -198,7 +198,7 @@ def within_chunks_backward(
         dB[k] += dG.transpose(-1, -2) @ c
         dC[k] += dG @ b
 
-# %% ../nbs/06a_ssd.ipynb #35bcb906
+# %% ../nbs/06a_ssd.ipynb #136b43eb
 def pass_states_backward(
     read: Tensor,   # (batch, chunks, G, N, R, P): gradient that each arriving state gets from its chunk's tokens
     carry: Tensor,  # (batch, chunks, G, 1, R, 1)
@@ -211,7 +211,7 @@ def pass_states_backward(
         torch.addcmul(read[:, c], grads[:, c + 1], carry[:, c], out=grads[:, c])
     return grads
 
-# %% ../nbs/06a_ssd.ipynb #115686ca
+# %% ../nbs/06a_ssd.ipynb #025de443
 def _states_backward(
     dy: Tensor,            # (rows, Q, G, R, P)
     x: Tensor,             # (rows, Q, G, R, P)
@@ -234,7 +234,7 @@ def _states_backward(
     dB = _wide(x * (dt * d.leave).unsqueeze(-1)) @ after.transpose(-1, -2)
     return u, dB, dC, grads
 
-# %% ../nbs/06a_ssd.ipynb #a9cfe4b6
+# %% ../nbs/06a_ssd.ipynb #6078dd94
 def _log_decay_gradient(
     dy: Tensor,      # (rows, Q, G, R, P)
     y: Tensor,       # outputs without the skip, (rows, Q, G, R, P)
@@ -247,7 +247,7 @@ def _log_decay_gradient(
     ds[:, -1] += (grads[:, 1:] * states[:, 1:]).sum((3, 5)).view(ds[:, -1].shape)
     return ds.flip(1).cumsum(1).flip(1)
 
-# %% ../nbs/06a_ssd.ipynb #e5c36cf3
+# %% ../nbs/06a_ssd.ipynb #c185d2c2
 def _backward(saved: tuple, dy: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
     "Gradients of x, dt, Δ A, B, C, D and the initial state, from what `ChunkScan` saved."
     x, dt, s, B, C, D, y, states, pairs, *factors = saved
@@ -260,7 +260,7 @@ def _backward(saved: tuple, dy: Tensor, last: Tensor | None) -> tuple[Tensor, ..
     dD = (dy * x).sum((0, 1, 4))
     return dx, xu, da, dB.transpose(1, 2), dC.transpose(1, 2), dD, grads[:, 0]
 
-# %% ../nbs/06a_ssd.ipynb #213fbfcd
+# %% ../nbs/06a_ssd.ipynb #8dae8bb0
 class ChunkScan(torch.autograd.Function):
     "The four steps with their gradient; every tensor already cut into chunks."
 
@@ -284,7 +284,7 @@ class ChunkScan(torch.autograd.Function):
             *grads, initial = _backward(saved, dy, last)
             return *grads, initial if ctx.has_initial else None, None, None
 
-# %% ../nbs/06a_ssd.ipynb #559bfaaf
+# %% ../nbs/06a_ssd.ipynb #c7d02f94
 def step_sizes(
     dt: Tensor,                       # (batch, T, H), as projected
     dt_bias: Tensor | None = None,    # (H)
@@ -297,7 +297,7 @@ def step_sizes(
     if dt_softplus: dt = F.softplus(dt)
     return dt if tuple(dt_limit) == (0.0, float("inf")) and dt_softplus else dt.clamp(*dt_limit)
 
-# %% ../nbs/06a_ssd.ipynb #e9c78502
+# %% ../nbs/06a_ssd.ipynb #4b783440
 def _cut(
     v: Tensor,     # (batch, T, ...)
     chunks: int,   # chunks per sequence
@@ -309,7 +309,7 @@ def _cut(
     if extra: v = torch.cat([v, v.new_zeros(v.shape[0], extra, *v.shape[2:])], 1)
     return v.reshape(-1, Q, *shape)
 
-# %% ../nbs/06a_ssd.ipynb #a536edeb
+# %% ../nbs/06a_ssd.ipynb #fa7eda51
 def chunk_scan(
     x: Tensor,                             # (batch, T, H, P)
     dt: Tensor,                            # (batch, T, H)
@@ -338,7 +338,7 @@ def chunk_scan(
     y = y.reshape(b, chunks * Q, H, P)[:, :T].to(x.dtype)
     return (y, _state_out(last)) if return_final_states else y
 
-# %% ../nbs/06a_ssd.ipynb #3849532e
+# %% ../nbs/06a_ssd.ipynb #ae317925
 def _state_in(
     v: Tensor,  # (batch, H, P, N)
     G: int,     # groups
@@ -352,7 +352,7 @@ def _state_out(
     "A state as mamba-ssm writes it."
     return v.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
-# %% ../nbs/06a_ssd.ipynb #f2d7f134
+# %% ../nbs/06a_ssd.ipynb #eafbf6ed
 def scan_step(
     state: Tensor,             # (batch, H, P, N), updated in place
     x: Tensor,                 # (batch, H, P)
@@ -373,7 +373,7 @@ def scan_step(
     y = (h.flatten(2, 3) @ C.to(state.dtype).unsqueeze(-1)).view(b, H, P)
     return (y if D is None else torch.addcmul(y, x.to(state.dtype), D.to(state.dtype)[:, None])).to(x.dtype)
 
-# %% ../nbs/06a_ssd.ipynb #69f01bc4
+# %% ../nbs/06a_ssd.ipynb #28fef878
 def _lags(
     length: int,             # T
     taps: int,               # K
@@ -384,7 +384,7 @@ def _lags(
     lags = range(1, min(taps, length))
     return [None if seq_idx is None else (seq_idx[:, k:] == seq_idx[:, :-k]).to(like.dtype).unsqueeze(-1) for k in lags]
 
-# %% ../nbs/06a_ssd.ipynb #090d0a51
+# %% ../nbs/06a_ssd.ipynb #15c217bb
 def _conv_sum(
     x: Tensor,              # (batch, T, channels)
     weight: Tensor,         # (channels, K), the last column for the token itself
@@ -401,7 +401,7 @@ def _conv_sum(
         y[:, :k].addcmul_(window[:, K - 1 - k:][:, :T], weight[:, -1 - k])
     return y
 
-# %% ../nbs/06a_ssd.ipynb #7dfd7d6c
+# %% ../nbs/06a_ssd.ipynb #1ac89de5
 class CausalConv(torch.autograd.Function):
     "The convolution and its SiLU, keeping only its input."
 
@@ -427,7 +427,7 @@ class CausalConv(torch.autograd.Function):
             dw[:, -1 - k] += (dz[:, :k] * window[:, weight.shape[1] - 1 - k:][:, :x.shape[1]]).sum((0, 1))
         return dx.to(dtype), dw, None if bias is None else dz.sum((0, 1)), None, None
 
-# %% ../nbs/06a_ssd.ipynb #504fcfe9
+# %% ../nbs/06a_ssd.ipynb #c1202ea5
 def causal_conv(
     x: Tensor,                      # (batch, T, channels)
     weight: Tensor,                 # (channels, K), the last column for the token itself

@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 missing = [m for m in ("mamba_ssm", "causal_conv1d", "triton", "einops") if importlib.util.find_spec(m) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (see requirements for development)")
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (`make oracles` installs them on Linux)")
 
 
 def oracle(*arguments):
