@@ -129,9 +129,9 @@ def check_mixture(
     if not whole or abs(sum(mixture.values()) - 1) > 1e-6:
         raise UserError(f"mixture={mixture!r}; shares above 0 that sum to 1 are accepted, such as {{'pubmed': 0.8, 'c4': 0.1, 'wikipedia': 0.1}}")
 
-# %% ../nbs/01_runs.ipynb #6aa1c438
+# %% ../nbs/01_runs.ipynb #47d72abc
 TINY = dict(scale="tiny", checkpoint=None, d_model=160, layers=4, state=32, head_dim=32, vocabulary=2048,
-            sequences=None, steps=150, sequences_per_step=8, learning_rate=1e-3, ema_decay=None, precision="fp32",
+            sequences=None, steps=200, sequences_per_step=8, learning_rate=1e-3, ema_decay=None, precision="fp32",
             long_documents="split", micro_batch_tokens=4096, evaluations=6, validation_documents=20, base_steps=200)
 
 # %% ../nbs/01_runs.ipynb #e3f143ae

@@ -212,7 +212,7 @@ def evaluate_and_save(
     accelerator.wait_for_everyone()
     return losses
 
-# %% ../nbs/09b_training.ipynb #03c2918c
+# %% ../nbs/09b_training.ipynb #b57a7c29
 def train(
     state: State,
     corpus: Corpus,
@@ -225,7 +225,8 @@ def train(
     due, model = evaluation_steps(steps, recipe.evaluations), accelerator.prepare(state.model)
     if state.step == 0: evaluate_and_save(state, corpus, recipe, run, accelerator)
     state.model.train()
-    with progress(total=steps, initial=state.step, desc="training", unit=" steps", disable=not accelerator.is_main_process) as bar:
+    quiet = {} if accelerator.is_main_process else {"disable": True}
+    with progress(total=steps, initial=state.step, desc="training", unit=" steps", **quiet) as bar:
         while state.step < steps:
             line = take_step(state, model, corpus, recipe, accelerator)
             if accelerator.is_main_process: run.log(**line)
