@@ -1,7 +1,8 @@
 # Two commands matter: `make cpt` and `make test`. `make help` lists the rest.
 #   PYTHON=python3.12   the interpreter that creates the environment
 #   VENV=path           the environment to create or use
-#   FRESH=1             make cpt: forget the finished run and the cached base model, start over
+#   FRESH=1             make cpt: forget the finished run and runs/cache (corpora, base models), start over
+#   RUNS=patterns       make results: the finished runs that are drawn
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -9,6 +10,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 FRESH ?=
+RUNS ?= runs/tiny runs/sample-[123] runs/real-[123]
 NB ?=
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
@@ -58,7 +60,7 @@ readme: setup ## write README.md from nbs/index.ipynb
 
 results: cpt ## draw the finished runs into figures/; the same results give the same bytes
 	mkdir -p runs/learning_curves
-	$(BIN)/papermill nbs/13_learning_curves.ipynb runs/learning_curves/13_learning_curves.ipynb -k python3 -p run_dir figures
+	$(BIN)/papermill nbs/13_learning_curves.ipynb runs/learning_curves/13_learning_curves.ipynb -k python3 -p run_dir figures -p runs "$(RUNS)"
 
 docs: ## build the documentation site in _docs/
 	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,docs

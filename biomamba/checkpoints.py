@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SSM_DEFAULTS', 'SSM_NAMES', 'FILES', 'TOKENIZER', 'config_from_state_spaces', 'config_to_state_spaces',
            'from_state_spaces', 'to_state_spaces', 'hub_snapshot', 'find_checkpoint', 'read_config', 'weight_files',
-           'read_tensors', 'check_tensors', 'load_model', 'generation_config', 'load_tokenizer', 'save_model',
-           'convert']
+           'read_tensors', 'check_tensors', 'load_model', 'generation_config', 'check_shape', 'load_tokenizer',
+           'save_model', 'convert']
 
-# %% ../nbs/06c_checkpoints.ipynb #6bfaef57
+# %% ../nbs/06c_checkpoints.ipynb #7c145fc0
 import contextlib, json, os, pickle, zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import GenerationConfig, Mamba2Config, PreTrainedTokenizerFast
 
 from .mamba2 import EOS, PAD, BioMambaForCausalLM
 from .paper import SCALES
-from .runs import UserError, did_you_mean, folder_atomic, progress, recipe, resolve
+from .runs import Recipe, UserError, did_you_mean, folder_atomic, progress, recipe, resolve
 
 # %% ../nbs/06c_checkpoints.ipynb #34a39e5a
 SSM_DEFAULTS = dict(d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=256, bias=False, conv_bias=True)
@@ -263,7 +263,19 @@ def _tokenizer_file(
     if not (folder / "tokenizer.json").is_file(): folder = hub_snapshot(TOKENIZER, None, ("tokenizer.json",))
     return folder / "tokenizer.json"
 
-# %% ../nbs/06c_checkpoints.ipynb #ca926896
+# %% ../nbs/06c_checkpoints.ipynb #c95bcbb1
+def check_shape(
+    folder: Path,    # of a checkpoint
+    recipe: Recipe,  # what it is said to be
+) -> None:
+    "Raise `UserError` unless a checkpoint has the recipe's shape."
+    config, _ = read_config(folder)
+    has = {"d_model": config.hidden_size, "layers": config.num_hidden_layers, "state": config.state_size, "head_dim": config.head_dim,
+           "expand": config.expand, "groups": config.n_groups, "conv": config.conv_kernel, "vocabulary": config.vocab_size}
+    for name, value in has.items():
+        if value != getattr(recipe, name): raise UserError(f"{folder} has {name}={value} and the recipe of scale {recipe.scale} {getattr(recipe, name)}; a checkpoint of that shape, or the scale that has this one, is accepted")
+
+# %% ../nbs/06c_checkpoints.ipynb #fe6dcc42
 def load_tokenizer(
     name_or_path: str | os.PathLike,   # a folder, a tokenizer.json, a run folder, a scale or a hub name
     revision: str | None = None,       # on the hub: branch, tag or commit
@@ -276,7 +288,7 @@ def load_tokenizer(
         raise UserError(f"{file} has <|endoftext|> at id {tokenizer.eos_token_id} and <|padding|> at {tokenizer.pad_token_id}; they must be {EOS} and {PAD}")
     return tokenizer
 
-# %% ../nbs/06c_checkpoints.ipynb #e15756d0
+# %% ../nbs/06c_checkpoints.ipynb #dd628648
 def save_model(
     model: BioMambaForCausalLM,
     folder: str | os.PathLike,           # replaced if it is there
@@ -291,7 +303,7 @@ def save_model(
         model.save_pretrained(inside)
         tokenizer.save_pretrained(inside)
 
-# %% ../nbs/06c_checkpoints.ipynb #47288c9f
+# %% ../nbs/06c_checkpoints.ipynb #4725dd17
 def _write_transformers(
     source: Path,
     folder: Path,   # an empty folder
@@ -314,7 +326,7 @@ def _write_transformers(
     config.architectures = ["Mamba2ForCausalLM"]
     config.save_pretrained(folder); generation_config(config).save_pretrained(folder)
 
-# %% ../nbs/06c_checkpoints.ipynb #2c11b0bd
+# %% ../nbs/06c_checkpoints.ipynb #a4ed4bf0
 def convert(
     source: str | os.PathLike,       # a folder, a scale or a hub name, in either format
     destination: str | os.PathLike,  # a new folder

@@ -10,7 +10,7 @@ __all__ = ['CONTROL', 'MIN_WORDS', 'HELD_OUT', 'SMALL', 'SMALL_SHARE', 'SMALL_LE
            'describe_source', 'Tokens', 'Collection', 'open_collection', 'slice_starts', 'with_ends', 'mixture_counts',
            'Corpus']
 
-# %% ../nbs/04_corpus.ipynb #fcdbe391
+# %% ../nbs/04_corpus.ipynb #4d952b72
 import dataclasses, hashlib, itertools, json, math, re, unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import numpy as np
 
 from .documents import HUB, read_documents, read_hub
 from .records import Document, file_hashes
-from .runs import Recipe, UserError, cache_dir, did_you_mean, fingerprint, folder_atomic, progress, resolve, write_atomic
+from .runs import Recipe, UserError, cache_dir, did_you_mean, fingerprint, folder_atomic, made_once, progress, resolve, write_atomic
 from .sample import sample_document, sample_documents
 
 # %% ../nbs/04_corpus.ipynb #10d02727
@@ -44,7 +44,7 @@ class Count:
     passed: int = 0      # documents out
     parameters: dict = field(default_factory=dict)
 
-# %% ../nbs/04_corpus.ipynb #20d3fe93
+# %% ../nbs/04_corpus.ipynb #ccc8f4a0
 MIN_WORDS = 20
 
 def clean(
@@ -52,7 +52,7 @@ def clean(
     counts: list[Count],            # gets a `Count` per step
     min_words: int = MIN_WORDS,     # shorter documents are dropped
 ) -> Iterator[Document]:  # normalized, long enough, each text and each id once
-    "Normalize, drop short documents, drop exact copies; constant memory but for 16 bytes a text."
+    "Normalize, drop short documents, drop repeated texts and ids; remembers two 16-byte hashes a document."
     short, copies = Count("long enough", parameters={"min_words": min_words}), Count("exact duplicates")
     counts += [short, copies]
     seen = set()
@@ -92,7 +92,7 @@ def held_out_size(
     small = documents < SMALL
     return (max(SMALL_LEAST, int(documents * SMALL_SHARE)) if small else HELD_OUT), small
 
-# %% ../nbs/04_corpus.ipynb #c4d7019b
+# %% ../nbs/04_corpus.ipynb #b022d357
 BASE_SHARE = {"pubmed": 0.10, "c4": 0.70, "wikipedia": 0.40}
 PARTS = ("base", "train", "validation", "test")
 
@@ -110,6 +110,8 @@ def split(
     for document in ordered[size:-size]:
         for_base = base and place(source, document.id, salt="base") < BASE_SHARE.get(source, 0.5)
         parts["base" if for_base else "train"].append(document)
+    for part in ("base", "train") if base else ("train",):
+        if not parts[part]: raise UserError(f"source '{source}' has {len(documents)} documents after cleaning, and none of them falls to the part '{part}'; more documents are accepted")
     return parts
 
 # %% ../nbs/04_corpus.ipynb #06fd2007
@@ -187,7 +189,7 @@ def hub_source(
     origin = {"hub": hub.name, "config": hub.config, "revision": hub.revision, "documents": n}
     return Source(name, origin, lambda: itertools.islice(read_hub(name), n))
 
-# %% ../nbs/04_corpus.ipynb #6b287804
+# %% ../nbs/04_corpus.ipynb #5a942457
 def sources_of(
     corpus: str | None,  # a folder with a folder per source; "sample"; None: the sample at tiny, the hub elsewhere
     recipe: Recipe,      # its mixture names the sources
@@ -200,7 +202,7 @@ def sources_of(
         for name in names:
             if name not in SAMPLE_SIZES: raise UserError(f"the built-in sample has no source '{name}'{did_you_mean(name, SAMPLE_SIZES)}; it has {', '.join(SAMPLE_SIZES)}")
         return {name: sample_source(name, SAMPLE_SIZES[name]) for name in names}
-    folder = resolve(corpus)
+    folder = resolve(str(corpus))
     if not folder.is_dir(): raise UserError(f"corpus {folder} is no folder; a folder that holds {', '.join(f'{m}/' for m in names)}, or 'sample', is accepted")
     return {name: folder_source(folder, name) for name in names}
 
@@ -228,7 +230,7 @@ def read_source(
     if not counts or not counts[0].received: raise UserError(f"source '{source.name}' is empty: {json.dumps(source.origin)[:120]}; at least {2 * SMALL_LEAST + 2} documents are accepted")
     return split(documents, source.name, base), counts, held_out_size(len(documents))[1]
 
-# %% ../nbs/04_corpus.ipynb #e080812b
+# %% ../nbs/04_corpus.ipynb #8265c1c5
 def tokenize(
     documents: list[Document],
     tokenizer,               # tokenizers.Tokenizer
@@ -236,8 +238,10 @@ def tokenize(
     "Documents as an Arrow table of token ids, without special tokens."
     import datasets
     import pyarrow as pa
-    texts = [d.text for d in documents]
-    ids = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    texts, ids = [d.text for d in documents], []
+    tokenizer.encode_special_tokens = True    # a text that spells <|endoftext|> does not end there
+    for start in progress(range(0, len(texts), 1000), desc="tokenizing", unit="k documents"):
+        ids += [e.ids for e in tokenizer.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)]
     table = pa.table({"id": pa.array([d.id for d in documents], pa.string()), "tokens": pa.array(ids, pa.list_(pa.int32())),
                       "bytes": pa.array([len(t.encode()) for t in texts], pa.int64())})
     return datasets.Dataset(table)
@@ -277,7 +281,7 @@ def save_table(
     table.save_to_disk(folder)
     if shown: enable_progress_bars()
 
-# %% ../nbs/04_corpus.ipynb #e6e57946
+# %% ../nbs/04_corpus.ipynb #cfcc06c6
 def describe_source(
     source: Source,
     counts: list[Count],
@@ -285,7 +289,7 @@ def describe_source(
     tables: dict,  # part → Dataset
 ) -> dict:
     "What the manifest says of a source: origin, steps with counts, sizes of its parts, held-out ids by hash."
-    sizes = {part: {"documents": len(t), "tokens": int(sum(map(len, t["tokens"])))} for part, t in tables.items()}
+    sizes = {part: {"documents": len(t), "tokens": int(Tokens(t).lengths.sum())} for part, t in tables.items()}
     held_out = {part: fingerprint(sorted(tables[part]["id"])) for part in ("validation", "test")}
     return {"origin": source.origin, "steps": [dataclasses.asdict(c) for c in counts], "small_source": small,
             "parts": sizes, "held_out_ids": held_out}
@@ -328,7 +332,7 @@ class Collection:
     @property
     def tokenizer_folder(self) -> Path: return self.folder / "tokenizer"
 
-# %% ../nbs/04_corpus.ipynb #fa7e6249
+# %% ../nbs/04_corpus.ipynb #b8e04d27
 def open_collection(
     sources: dict[str, Source],
     recipe: Recipe,
@@ -338,7 +342,8 @@ def open_collection(
     base = tokenizer is None
     about = {"train": recipe.vocabulary} if base else {"sha256": tokenizer_hash(tokenizer)}
     folder = cache_dir() / "collections" / collection_key(sources, about, base)
-    if not (folder / "manifest.json").exists(): build_collection(sources, folder, tokenizer, recipe.vocabulary, base)
+    with made_once(folder):
+        if not (folder / "manifest.json").exists(): build_collection(sources, folder, tokenizer, recipe.vocabulary, base)
     return Collection(folder)
 
 # %% ../nbs/04_corpus.ipynb #d6c651ff
@@ -361,10 +366,10 @@ def with_ends(
     "A document between its two end-of-text ids; as it is where the recipe says so."
     return np.concatenate([[eos_id], tokens, [eos_id]]).astype(np.int64) if eos == "trained" else np.asarray(tokens, dtype=np.int64)
 
-# %% ../nbs/04_corpus.ipynb #b7d6e9ad
+# %% ../nbs/04_corpus.ipynb #d492ab1f
 def mixture_counts(
     available: dict[str, int],  # sequences of each source
-    mixture: dict[str, float],  # shares
+    mixture: dict[str, float],  # shares above 0
     sequences: int | None,      # wanted in all; None: as many as possible
 ) -> dict[str, int]:  # sequences to take from each source
     "How many sequences of each source a mixture takes."
@@ -376,7 +381,7 @@ def mixture_counts(
     if not all(counts.values()): raise UserError(f"the mixture gives no sequence of {', '.join(s for s, n in counts.items() if not n)} out of {wanted:,} in all; more documents or a larger share is accepted")
     return counts
 
-# %% ../nbs/04_corpus.ipynb #f8ec8f0e
+# %% ../nbs/04_corpus.ipynb #48a2f0c3
 class Corpus:
     "The training sequences that a mixture and a seed choose from a collection, and the held-out documents beside them."
 
@@ -386,9 +391,10 @@ class Corpus:
         part: str = "train",    # or base
     ):
         self.collection, self.recipe, self.part = collection, recipe, part
-        self.tables = {s: collection.documents(part, s) for s in recipe.mixture}
-        slices = {s: self._slices(s) for s in recipe.mixture}
-        self.counts = mixture_counts({s: len(found) for s, found in slices.items()}, recipe.mixture, recipe.sequences)
+        shares = {s: share for s, share in recipe.mixture.items() if share > 0}
+        self.tables = {s: collection.documents(part, s) for s in shares}
+        slices = {s: self._slices(s) for s in shares}
+        self.counts = mixture_counts({s: len(found) for s, found in slices.items()}, shares, recipe.sequences)
         self.index = [(s, row, start) for s, n in self.counts.items() for row, start in slices[s][:n]]
 
     def _slices(self, source: str) -> list[tuple[int, int]]:
@@ -403,31 +409,39 @@ class Corpus:
         source, row, start = self.index[i]
         return with_ends(self.tables[source][row], self.recipe.eos)[start : start + self.recipe.max_tokens + 1]
 
-# %% ../nbs/04_corpus.ipynb #4543c23b
-def _lengths(self) -> dict:  # source → int array, tokens of each chosen sequence that are targets
+# %% ../nbs/04_corpus.ipynb #022df774
+def _lengths(self) -> dict:  # source → int array
+    "Tokens of each chosen sequence that are targets."
     lengths = {s: [] for s in self.counts}
     for i, (source, _, _) in enumerate(self.index): lengths[source].append(len(self[i]) - 1)
     return {s: np.array(n) for s, n in lengths.items()}
 
 Corpus.lengths = cached_property(_lengths); Corpus.lengths.__set_name__(Corpus, "lengths")
 
-# %% ../nbs/04_corpus.ipynb #cfbb9992
+# %% ../nbs/04_corpus.ipynb #73e694ee
 def _fingerprint(self) -> str:
+    "What the corpus is called: the same for the same sequences, anywhere."
     recipe, manifest = self.recipe, self.collection.manifest
     return fingerprint({"collection": manifest, "part": self.part, "mixture": recipe.mixture, "seed": recipe.seed, "sequences": recipe.sequences,
                         "max_tokens": recipe.max_tokens, "long_documents": recipe.long_documents, "eos": recipe.eos})
 
 def _manifest(self) -> dict:
+    "Fingerprint, mixture in sequences and tokens, and all that the collection says of itself."
     tokens = {s: int(n.sum()) for s, n in self.lengths.items()}
     shares = {s: {"sequences": self.counts[s], "tokens": tokens[s], "share_of_sequences": self.counts[s] / len(self),
                   "share_of_tokens": tokens[s] / sum(tokens.values())} for s in self.counts}
     return {"fingerprint": self.fingerprint, "seed": self.recipe.seed, "mixture": shares, "padding_if_padded": 1 - sum(tokens.values()) / (len(self) * self.recipe.max_tokens),
             **self.collection.manifest}
 
-Corpus.fingerprint, Corpus.manifest = property(_fingerprint), property(_manifest)
+def _synthetic(self) -> bool:
+    "Whether any of its text is the built-in sample's."
+    return any("sample" in about["origin"] for about in self.collection.manifest["sources"].values())
 
-# %% ../nbs/04_corpus.ipynb #92f72339
+Corpus.fingerprint, Corpus.manifest, Corpus.synthetic = property(_fingerprint), property(_manifest), property(_synthetic)
+
+# %% ../nbs/04_corpus.ipynb #d01c42df
 def _repr_markdown_(self) -> str:
+    "What every step passed on and what the mixture took."
     lines = [f"Corpus `{self.fingerprint}`: {len(self):,} sequences, {sum(n.sum() for n in self.lengths.values()):,} tokens", "",
              "| source | read | long enough | without copies | train | validation | test | sequences taken | share of tokens |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name, mixed in self.manifest["mixture"].items():

@@ -66,7 +66,7 @@ def fill(
         seq_idx[r, at:] = len(row)
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(seq_idx), torch.from_numpy(targets), sum(map(len, rows)))
 
-# %% ../nbs/05_packing.ipynb #75ae0eb1
+# %% ../nbs/05_packing.ipynb #042c0fd3
 def micro_batches(
     sequences: list[np.ndarray],  # of one optimizer step
     row_tokens: int,              # tokens of a row
@@ -76,6 +76,7 @@ def micro_batches(
 ) -> list[Batch]:
     "The packed micro-batches of one process in one optimizer step."
     lengths = [len(s) - 1 for s in sequences]
+    row_tokens = min(row_tokens, max(micro_batch_tokens, *lengths))
     rows = sorted(best_fit(lengths, row_tokens), key=lambda row: -sum(lengths[i] for i in row))
     per_batch = max(1, micro_batch_tokens // row_tokens)
     mine = rows[process::processes]

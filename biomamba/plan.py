@@ -270,7 +270,7 @@ def _check_machine(devices: int, utilization: float) -> None:
     if not 0 < utilization <= 1: raise UserError(f"utilization={utilization}; a share of the peak above 0 and up to 1 is accepted.")
     if not isinstance(devices, int) or devices < 1: raise UserError(f"devices={devices!r}; a whole number from 1 is accepted.")
 
-# %% ../nbs/09a_plan.ipynb #c6c47164
+# %% ../nbs/09a_plan.ipynb #178a42e5
 def plan(
     recipe: Recipe,
     hardware: Hardware | str | None = None,               # a device or a key of `HARDWARE`; None: see `find_hardware`
@@ -281,6 +281,7 @@ def plan(
     "Steps, tokens, FLOPs, memory, hours and warnings of a run, from its recipe alone."
     _check_machine(devices, utilization)
     machine, seen = find_hardware(hardware, recipe), sequences_seen(recipe)
+    if not machine.kernels: devices = 1      # the processes of a CPU share its peak
     tokens, padded = round(seen * mean_tokens(recipe, tokens_per_document)), seen * recipe.max_tokens
     flops, flops_padded = training_flops(recipe, tokens), training_flops(recipe, padded)
     hours = [run_hours(f, recipe, machine, utilization, devices) for f in (flops, flops_padded)]

@@ -7,8 +7,8 @@ __all__ = ['NAMES', 'LOOKS', 'STYLE', 'BLOCKS', 'CARD', 'Grid', 'interval_of', '
            'settings_table', 'style', 'save_figure', 'validation_lines', 'finding', 'learning_curve', 'sparkline',
            'curve_text', 'find_runs', 'best_steps_table', 'learning_curves', 'published_results', 'model_card']
 
-# %% ../nbs/40_report.ipynb #a8ed5ef7
-import copy, glob, html, io, json, math
+# %% ../nbs/40_report.ipynb #c18d4b59
+import copy, glob, html, io, itertools, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,31 +37,34 @@ class Grid:
         body = "".join(line(row, "td") for row in self.rows)
         return f"<table><thead>{line(self.headings, 'th')}</thead><tbody>{body}</tbody></table><p>{html.escape(self.caption)}</p>"
 
-# %% ../nbs/40_report.ipynb #e1e2c563
+# %% ../nbs/40_report.ipynb #43ee4966
 def _text(self) -> str:
+    "Columns of equal width, for a terminal."
     widths = [max(map(len, column)) for column in zip(self.headings, *self.rows)]
     line = lambda cells: "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))
     return "\n".join([line(self.headings), "  ".join("-" * w for w in widths), *map(line, self.rows), *([self.caption] if self.caption else [])])
 
 Grid.__str__ = _text
 
-# %% ../nbs/40_report.ipynb #3ae1ce2b
-NAMES = {"pubmed": "PubMed", "c4": "C4", "wikipedia": "Wikipedia"}
+# %% ../nbs/40_report.ipynb #15bbbf3c
+NAMES = {"pubmed": "PubMed", "c4": "C4", "wikipedia": "Wikipedia", "selection": "all, by token share"}
 
 def interval_of(
-    figure: dict,   # {"ppl" or "relative": …, "ci95": [low, high]}
+    figure: dict,              # {"ppl" or "relative": …, "ci95": [low, high]}
+    documents: int | None = None,  # behind it, where known
 ) -> Interval:
     "An interval from its plain data."
-    return Interval(figure.get("ppl", figure.get("relative")), *figure["ci95"])
+    return Interval(figure.get("ppl", figure.get("relative")), *figure["ci95"], n=documents)
 
 def percent(
     interval: Interval,   # relative
 ) -> str:  # "−10.5 % [−11.0, −9.9]"
     "A relative change, in percent."
     estimate, low, high = (f"{100 * v:+.1f}".replace("-", "−") for v in (interval.estimate, interval.low, interval.high))
-    return f"{estimate} % [{low}, {high}]"
+    few = f" from {interval.n}" if interval.n is not None and interval.n < 30 else ""
+    return f"{estimate} % [{low}, {high}]{few}"
 
-# %% ../nbs/40_report.ipynb #d6ebddad
+# %% ../nbs/40_report.ipynb #0073f0e3
 def perplexity_table(
     results: dict,   # results.json
 ) -> Grid:
@@ -69,10 +72,10 @@ def perplexity_table(
     base, adapted, rows = results["perplexity"]["base"], results["perplexity"]["adapted"], []
     for source, now in adapted.items():
         name = NAMES.get(source, source) + (" (small source)" if results["small_source"][source] else "")
-        before = base[source]
+        before, n = base[source], now["documents"]
         bits = " → ".join(f"{figure['bits_per_byte']:.3f}" if figure["bits_per_byte"] else "unknown" for figure in (before, now))
-        rows.append((name, f"{now['documents']:,}", f"{now['tokens']:,}", str(interval_of(before)), str(interval_of(now)),
-                     percent(interval_of(results["change"][source])), bits))
+        rows.append((name, f"{n:,}", f"{now['tokens']:,}", str(interval_of(before, n)), str(interval_of(now, n)),
+                     percent(interval_of(results["change"][source], n)), bits))
     left_out = sum(figure["non_finite"] for model in results["perplexity"].values() for figure in model.values())
     caption = (f"Scale {results['scale']}, seed {results['seed']}; whole documents, token-weighted; 95 % intervals by bootstrap over documents"
                + (f"; {left_out} documents without a finite loss left out" if left_out else "") + ".")
@@ -90,7 +93,7 @@ def seeds_table(
     names = [NAMES.get(s, s) + f" ({n} documents)" for s, n in zip(sources, sizes)]
     return Grid(("seed", *names), tuple(rows), "Paired change of the test perplexity from base to adapted model, 95 % intervals by bootstrap over documents.")
 
-# %% ../nbs/40_report.ipynb #9f1beb61
+# %% ../nbs/40_report.ipynb #ebc588bc
 def settings_table(
     found: dict,   # benchmarks/tiny_recipe.json
 ) -> Grid:
@@ -101,7 +104,7 @@ def settings_table(
     for i, setting in enumerate(tried):
         mark = " (chosen)" if i == found["chosen"] else ", embedding at the lowest rate" if i == len(tried) - 1 else ""
         rise = setting["loss"]["c4"] / found["base_loss"]["c4"] - 1
-        rows.append((f"{setting['learning_rate']:g}, {setting['steps']} steps{mark}", *(percent(interval_of(setting["change"][s])) for s in sources), f"{rise:+.2%}".replace("-", "−")))
+        rows.append((f"{setting['learning_rate']:g}, {setting['steps']} steps{mark}", *(percent(interval_of(setting["change"][s])) for s in sources), f"{100 * rise:+.2f} %".replace("-", "−")))
     return Grid(("learning rate, length", *(f"{NAMES[s]} perplexity" for s in sources), "C4 loss"), tuple(rows),
                 f"Validation sets only, seed {found['seed']}. {found['rule']}")
 
@@ -139,7 +142,7 @@ def validation_lines(
     lines = [line for line in metrics if "validation_loss" in line]
     return [line["step"] for line in lines], {name: [line["validation_loss"][name] for line in lines] for name in lines[0]["validation_loss"]}
 
-# %% ../nbs/40_report.ipynb #b2232328
+# %% ../nbs/40_report.ipynb #a624b63b
 def finding(
     losses: dict[str, list[float]],   # name → loss at each validation, the base's first
     best: int,                        # number of the validation that was kept
@@ -149,10 +152,10 @@ def finding(
     for name in losses:
         if name == "selection": continue
         moved = math.expm1(losses[name][best] - losses[name][0])
-        parts.append(f"{NAMES.get(name, name)} {abs(moved):.1%} {'lower' if moved < 0 else 'higher'}")
+        parts.append(f"{NAMES.get(name, name)} {100 * abs(moved):.1f} % {'lower' if moved < 0 else 'higher'}")
     return ", ".join(parts) + " in validation perplexity"
 
-# %% ../nbs/40_report.ipynb #1e8d1df2
+# %% ../nbs/40_report.ipynb #a04ec27c
 def learning_curve(
     metrics: list[dict],   # lines of metrics.jsonl
     label: str = "",       # added to the title
@@ -163,7 +166,7 @@ def learning_curve(
     with style():
         figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
         for name, values in losses.items():
-            axis.plot(steps, [v - values[0] for v in values], label=f"{NAMES.get(name, 'all, by token share')} (base {values[0]:.3f})", **LOOKS.get(name, {}))
+            axis.plot(steps, [v - values[0] for v in values], label=f"{NAMES.get(name, name)} (base {values[0]:.3f})", **LOOKS.get(name, {}))
         axis.axvline(steps[best], color="#999999", linewidth=0.8, label=f"kept: step {steps[best]}")
         axis.axhline(0, color="#999999", linewidth=0.8)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -190,13 +193,16 @@ def curve_text(
     lines = [f"{NAMES.get(n, n):<{width}}  {v[0]:.3f} {sparkline(v)} {v[-1]:.3f}" for n, v in losses.items()]
     return "\n".join([f"validation loss (nats per token), steps {steps[0]} to {steps[-1]}:", *lines])
 
-# %% ../nbs/40_report.ipynb #e7432f2d
+# %% ../nbs/40_report.ipynb #d9bd31f5
 def find_runs(
-    pattern: str,   # of run folders, relative to the project, such as runs/*
+    patterns: str,   # of run folders, relative to the project, such as "runs/tiny runs/real-*"
 ) -> dict[str, Path]:  # name → folder
-    "The finished runs that a pattern matches, by name."
-    found = {Path(p).parent.name: Path(p).parent for p in sorted(glob.glob(str(resolve(pattern) / "results.json")))}
-    if not found: raise UserError(f"no finished run matches {pattern!r} in {project_root()}; `biomamba cpt` makes one in runs/tiny")
+    "The finished runs that patterns match, by name; `UserError` for a pattern that matches none."
+    found = {}
+    for pattern in patterns.split():
+        matched = {Path(p).parent.name: Path(p).parent for p in sorted(glob.glob(str(resolve(pattern) / "results.json")))}
+        if not matched: raise UserError(f"no finished run matches {pattern!r} in {project_root()}; `biomamba cpt` makes one in runs/tiny")
+        found |= matched
     return found
 
 # %% ../nbs/40_report.ipynb #6701c360
@@ -212,14 +218,14 @@ def best_steps_table(
     return Grid(("run", "PubMed validation loss", "best step", "steps", "selection loss"), tuple(rows),
                 "Losses in nats per token of each model's own tokenizer: rows with different tokenizers do not compare.")
 
-# %% ../nbs/40_report.ipynb #a747854f
+# %% ../nbs/40_report.ipynb #892ba305
 def learning_curves(
     runs: dict[str, Path],
 ) -> plt.Figure:
     "Figure 5: validation loss and perplexity on PubMed against the share of the run."
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        marks = [dict(zip(("linestyle", "marker"), look)) for look in zip("- -- : -.".split() * 4, "o s ^ D v P X *".split() * 2)]
+        marks = itertools.cycle(dict(zip(("linestyle", "marker"), look)) for look in zip("- -- : -.".split() * 2, "o s ^ D v P X *".split()))
         for (name, folder), look in zip(runs.items(), marks):
             steps, losses = validation_lines(read_metrics(folder))
             share = [100 * step / steps[-1] for step in steps]

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['POSITIVE', 'RATIOS', 'CHOICES', 'TINY', 'BASE', 'SHAPE', 'UserError', 'did_you_mean', 'progress', 'Recipe',
            'check_recipe', 'check_mixture', 'recipe', 'steps_of', 'ema_decay', 'base_recipe', 'fingerprint',
-           'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'replace_folder', 'flatten',
-           'differences', 'Run', 'read_metrics', 'mark_restricted', 'restricted', 'assigned', 'check_parameters',
-           'as_dict', 'given', 'run_dir_for', 'version_of', 'environment', 'code_version']
+           'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'sync', 'replace_folder', 'flatten',
+           'differences', 'check_run_dir', 'Run', 'read_metrics', 'made_once', 'mark_restricted', 'restricted',
+           'assigned', 'check_parameters', 'as_dict', 'given', 'recipe_from', 'check_processes', 'run_dir_for',
+           'version_of', 'environment', 'code_version']
 
-# %% ../nbs/01_runs.ipynb #9c6dd3fd
-import ast, contextlib, dataclasses, difflib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, tempfile
+# %% ../nbs/01_runs.ipynb #e96419a6
+import ast, contextlib, dataclasses, difflib, hashlib, importlib.metadata, json, math, os, platform, shutil, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import filelock
 from tqdm.std import tqdm
 
-from . import __version__
+import biomamba
 from .paper import SCALES, possible_sequences, published, shares
 
 # %% ../nbs/01_runs.ipynb #f2655dd1
@@ -97,13 +98,13 @@ RATIOS = "warmup_ratio stable_ratio decay_ratio floor layer_decay ema_decay".spl
 CHOICES = {"long_documents": ("truncate", "split"), "eos": ("trained", "paper"),
            "embedding_rate": ("full", "lowest"), "precision": ("bf16", "fp32")}
 
-# %% ../nbs/01_runs.ipynb #7108ecdf
+# %% ../nbs/01_runs.ipynb #22b7b289
 def check_recipe(
     recipe: Recipe,  # fields of any value
 ) -> None:
     "Raise `UserError` for the first field whose value a run could not use."
     def refuse(name, accepted): raise UserError(f"{name}={getattr(recipe, name)!r} in the recipe; {accepted} is accepted")
-    def number(value, kinds=(int, float)): return isinstance(value, kinds) and not isinstance(value, bool)
+    def number(value, kinds=(int, float)): return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     floats = ("learning_rate", "clip")
     for name in POSITIVE:
         value = getattr(recipe, name)
@@ -117,27 +118,32 @@ def check_recipe(
     for name in ("steps", "sequences"):
         value = getattr(recipe, name)
         if value is not None and (not number(value, int) or value <= 0): refuse(name, "a whole number above 0, or None,")
-    if not number(recipe.seed, int) or recipe.seed < 0: refuse("seed", "a whole number from 0")
+    if not number(recipe.seed, int) or not 0 <= recipe.seed < 2**32: refuse("seed", "a whole number from 0 to 4,294,967,295")
+    if not number(recipe.weight_decay) or recipe.weight_decay < 0: refuse("weight_decay", "a number from 0")
+    pair = isinstance(recipe.betas, (list, tuple)) and len(recipe.betas) == 2
+    if not pair or not all(number(b) and 0 <= b < 1 for b in recipe.betas): refuse("betas", "a pair of numbers from 0 to below 1")
+    if recipe.warmup_ratio + recipe.stable_ratio + (recipe.decay_ratio or 0) > 1 + 1e-9: refuse("stable_ratio", "a share that leaves warmup, plateau and decay at most 1 together")
+    if recipe.expand * recipe.d_model % recipe.head_dim: refuse("head_dim", f"a divisor of expand × d_model = {recipe.expand * recipe.d_model}")
     check_mixture(recipe.mixture)
 
-# %% ../nbs/01_runs.ipynb #7f5d6d0f
+# %% ../nbs/01_runs.ipynb #7fb9c3a8
 def check_mixture(
     mixture: dict,  # share per source
 ) -> None:
-    "Raise `UserError` unless the shares are positive numbers that sum to 1."
-    whole = isinstance(mixture, dict) and mixture and all(isinstance(v, (int, float)) and v > 0 for v in mixture.values())
+    "Raise `UserError` unless the shares are numbers from 0 that sum to 1; a source with share 0 is held out and measured, never trained on."
+    whole = isinstance(mixture, dict) and mixture and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in mixture.values())
     if not whole or abs(sum(mixture.values()) - 1) > 1e-6:
-        raise UserError(f"mixture={mixture!r}; shares above 0 that sum to 1 are accepted, such as {{'pubmed': 0.8, 'c4': 0.1, 'wikipedia': 0.1}}")
+        raise UserError(f"mixture={mixture!r}; shares from 0 that sum to 1 are accepted, such as {{'pubmed': 0.8, 'c4': 0.1, 'wikipedia': 0.1}}")
 
 # %% ../nbs/01_runs.ipynb #47d72abc
 TINY = dict(scale="tiny", checkpoint=None, d_model=160, layers=4, state=32, head_dim=32, vocabulary=2048,
             sequences=None, steps=200, sequences_per_step=8, learning_rate=1e-3, ema_decay=None, precision="fp32",
             long_documents="split", micro_batch_tokens=4096, evaluations=6, validation_documents=20, base_steps=200)
 
-# %% ../nbs/01_runs.ipynb #e3f143ae
+# %% ../nbs/01_runs.ipynb #f9da6d42
 def recipe(
     scale: str = "tiny",  # tiny, 130m, 370m, 780m, 1.3b or 2.7b
-    **overrides,          # any field of `Recipe`, by name
+    **overrides,          # any field of `Recipe`, by name; other epochs or sequences decide the steps anew
 ) -> Recipe:
     "The recipe of a scale: the paper's row, or the laptop's; fields by keyword make a variant."
     scales = ("tiny", *SCALES)
@@ -147,23 +153,24 @@ def recipe(
         if name not in names: raise UserError(f"{name!r} is no field of a recipe{did_you_mean(name, names)}; the fields are {', '.join(names)}")
     row = published("130m" if scale == "tiny" else scale) | {"scale": scale}
     row |= {"mixture": shares(row["mixture"]), "sequences": possible_sequences()[0]}
+    by_epochs = {"epochs"} if scale == "tiny" else {"epochs", "sequences", "sequences_per_step"}
     row = row | TINY if scale == "tiny" else row
+    if by_epochs & set(overrides): row["steps"] = None
     made = Recipe(**{k: v for k, v in (row | overrides).items() if k in names})
-    made = dataclasses.replace(made, mixture=dict(made.mixture), betas=tuple(made.betas))
     check_recipe(made)
-    return made
+    return dataclasses.replace(made, mixture=dict(made.mixture), betas=tuple(made.betas))
 
-# %% ../nbs/01_runs.ipynb #430776c6
+# %% ../nbs/01_runs.ipynb #4f35e036
 def steps_of(
-    recipe: Recipe,
+    recipe: Recipe,  # steps, or epochs and sequences_per_step
     sequences: int,  # in the corpus
 ) -> int:  # optimizer steps
     "The recipe's number of steps, or its epochs over the corpus."
     return recipe.steps or recipe.epochs * -(-sequences // recipe.sequences_per_step)
 
-# %% ../nbs/01_runs.ipynb #344a1edf
+# %% ../nbs/01_runs.ipynb #254a3dc9
 def ema_decay(
-    recipe: Recipe,
+    recipe: Recipe,  # its ema_decay may be None
     steps: int,  # optimizer steps of the run
 ) -> float:  # in [0, 1)
     "The stated decay of the weights' average, or the paper's ratio of memory to run: 1 − 6/steps."
@@ -225,7 +232,7 @@ def write_atomic(
         Path(name).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/01_runs.ipynb #7bfe0379
+# %% ../nbs/01_runs.ipynb #d59b9a10
 @contextlib.contextmanager
 def folder_atomic(
     folder: Path,  # where the folder shall stand
@@ -235,10 +242,21 @@ def folder_atomic(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as name:
         inner = Path(name) / "content"; inner.mkdir()
         yield inner
+        for path in inner.rglob("*"): sync(path)
         if not folder.exists(): os.replace(inner, folder)
         elif (Path(name) / "content").exists(): replace_folder(inner, folder, Path(name) / "old")
 
-# %% ../nbs/01_runs.ipynb #3e749757
+# %% ../nbs/01_runs.ipynb #1ec9282c
+def sync(
+    path: Path,  # a file or folder that was just written
+) -> None:
+    "Wait until a path is on the disk, so that a name never outlives its content."
+    if os.name != "posix" and path.is_dir(): return      # other systems do not open folders
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+# %% ../nbs/01_runs.ipynb #9442f2db
 def replace_folder(
     new: Path,     # what shall stand there
     folder: Path,  # what stands there
@@ -248,7 +266,7 @@ def replace_folder(
     os.replace(folder, aside)
     os.replace(new, folder)
 
-# %% ../nbs/01_runs.ipynb #581d29f0
+# %% ../nbs/01_runs.ipynb #c2e0f11c
 def flatten(
     data: dict,       # nested
     prefix: str = "",
@@ -259,7 +277,7 @@ def flatten(
         out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return out
 
-# %% ../nbs/01_runs.ipynb #192cdff2
+# %% ../nbs/01_runs.ipynb #351381af
 def differences(
     old: dict,  # the identity in the folder
     new: dict,  # the identity that is asked for
@@ -270,7 +288,17 @@ def differences(
     shown = [f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in keys[:3]]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
 
-# %% ../nbs/01_runs.ipynb #7eef229c
+# %% ../nbs/01_runs.ipynb #e162d187
+def check_run_dir(
+    folder: Path,  # absolute
+) -> None:
+    "Raise `UserError` for a place that is neither new, nor empty, nor a run folder: a run replaces its own model/."
+    if folder.exists() and not folder.is_dir(): raise UserError(f"run_dir {folder} is a file; a new folder, an empty one or a run folder is accepted")
+    if not folder.exists() or (folder / "recipe.json").exists(): return
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix != ".ipynb")
+    if strangers: raise UserError(f"run_dir {folder} is no run folder and holds {', '.join(strangers[:3])}; a new folder, an empty one or a run folder is accepted")
+
+# %% ../nbs/01_runs.ipynb #514ae93d
 class Run:
     "A run folder: who it belongs to, what it has logged, what came out."
 
@@ -283,7 +311,7 @@ class Run:
 
     def _claim(self) -> None:
         path = self.folder / "recipe.json"
-        if self.folder.exists() and not self.folder.is_dir(): raise UserError(f"run_dir {self.folder} is a file; a folder is accepted")
+        check_run_dir(self.folder)
         if path.exists():
             there = json.loads(path.read_text())
             if there != self.identity:
@@ -295,7 +323,7 @@ class Run:
 
     def __repr__(self): return f"Run({os.path.relpath(self.folder, project_root())})"
 
-# %% ../nbs/01_runs.ipynb #6e24519d
+# %% ../nbs/01_runs.ipynb #9cf1d1f1
 def _results(self) -> dict | None:
     "What the finished run found, or None while it is not finished."
     path = self / "results.json"
@@ -308,7 +336,7 @@ def _finish(self, results: dict) -> dict:
 
 Run.results, Run.finish = property(_results), _finish
 
-# %% ../nbs/01_runs.ipynb #609620d6
+# %% ../nbs/01_runs.ipynb #b3a6f762
 def read_metrics(
     folder: Path,  # a run folder
 ) -> list[dict]:  # oldest first
@@ -328,7 +356,7 @@ def _rewind(self, step: int) -> None:
 
 Run.metrics, Run.log, Run.rewind = property(lambda self: read_metrics(self.folder)), _log, _rewind
 
-# %% ../nbs/01_runs.ipynb #308d069b
+# %% ../nbs/01_runs.ipynb #39f2a452
 @contextlib.contextmanager
 def _lock(self):
     "Hold the folder for this process; `UserError` when another process holds it."
@@ -340,7 +368,16 @@ def _lock(self):
 
 Run.lock = _lock
 
-# %% ../nbs/01_runs.ipynb #4989a4eb
+# %% ../nbs/01_runs.ipynb #3847663a
+@contextlib.contextmanager
+def made_once(
+    folder: Path,  # in the cache
+):
+    "Hold what is being made in the cache; others that want it wait here."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.parent / f".{folder.name}.lock"): yield
+
+# %% ../nbs/01_runs.ipynb #2dd8afe4
 def mark_restricted(
     folder: Path,  # of a run, corpus or model
     reason: str,   # which source, under which terms
@@ -355,7 +392,7 @@ def restricted(
     path = Path(folder) / "RESTRICTED"
     return path.read_text().strip() if path.exists() else None
 
-# %% ../nbs/01_runs.ipynb #f09fe4a2
+# %% ../nbs/01_runs.ipynb #f8375453
 def assigned(
     source: str,  # Python
 ) -> list[str]:  # names, in order
@@ -363,7 +400,7 @@ def assigned(
     targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/01_runs.ipynb #25b52f9f
+# %% ../nbs/01_runs.ipynb #3378901a
 def check_parameters(
     cells: list[str],  # `In`: the sources of the cells that ran so far
 ) -> None:
@@ -374,7 +411,7 @@ def check_parameters(
     for name in assigned(cells[given[-1]]):
         if name not in known: raise UserError(f"{name!r} is no parameter of this notebook{did_you_mean(name, known)}; it has {', '.join(known)}")
 
-# %% ../nbs/01_runs.ipynb #44f1d2a5
+# %% ../nbs/01_runs.ipynb #18a303ed
 def as_dict(
     value: dict | str | None,  # a dict, its JSON, or nothing
     name: str,                 # of the parameter, for the message
@@ -386,27 +423,49 @@ def as_dict(
     if not isinstance(read, dict): raise UserError(f"{name}={value!r}; a dict is accepted, or its JSON such as '{{\"seed\": 1}}'")
     return read
 
-# %% ../nbs/01_runs.ipynb #5e0be17f
+# %% ../nbs/01_runs.ipynb #66759412
 def given(
     **parameters,  # None: not given
 ) -> dict:
     "The parameters that were given."
     return {name: value for name, value in parameters.items() if value is not None}
 
-# %% ../nbs/01_runs.ipynb #0db2a89b
+# %% ../nbs/01_runs.ipynb #ae32fc7b
+def recipe_from(
+    scale: str,
+    mixture: dict | str | None = None,    # a dict, its JSON, or not given
+    steps: int | None = None,
+    seed: int | None = None,
+    overrides: dict | str | None = None,  # any other fields
+) -> Recipe:
+    "The recipe that a run's parameters ask for."
+    settings, others = given(mixture=as_dict(mixture, "mixture") or None, steps=steps, seed=seed), as_dict(overrides, "overrides")
+    own = [name for name in ("scale", "mixture", "steps", "seed") if name in others]
+    if own: raise UserError(f"overrides={others!r}; {own[0]} is a parameter of its own and is accepted there")
+    return recipe(scale, **settings | others)
+
+def check_processes(
+    processes: int,  # training processes on this machine
+) -> None:
+    "Raise `UserError` for a number of processes that cannot be started."
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1: raise UserError(f"processes={processes!r}; a whole number from 1 is accepted")
+
+# %% ../nbs/01_runs.ipynb #84ad80ab
 def run_dir_for(
-    run_dir: str | None,   # as given
+    run_dir: str | None,       # as given
     recipe_asked: Recipe,
-    **elsewhere,           # what else decides the run: corpus, model, processes; None: the default
+    corpus: str | None = None, # as given
+    model: str | None = None,  # as given
+    processes: int = 1,
 ) -> Path:
     "The folder of a run: the one that was named, or runs/<scale>[-<fingerprint of the variant>]."
-    if run_dir: return resolve(run_dir)
-    default, asked = recipe(recipe_asked.scale), given(**elsewhere)
+    if run_dir: return resolve(str(run_dir))    # papermill reads a name like 2024 as a number
+    default, asked = recipe(recipe_asked.scale), given(corpus=corpus, model=model, processes=None if processes == 1 else processes)
     variant = {} if recipe_asked == default else dataclasses.asdict(recipe_asked)
     name = recipe_asked.scale if not variant | asked else f"{recipe_asked.scale}-{fingerprint(variant | asked)[:8]}"
     return resolve(Path("runs") / name)
 
-# %% ../nbs/01_runs.ipynb #f173b558
+# %% ../nbs/01_runs.ipynb #b9f2b8ad
 def version_of(
     package: str,  # name on the package index
 ) -> str | None:
@@ -414,23 +473,25 @@ def version_of(
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/01_runs.ipynb #d9b86395
+# %% ../nbs/01_runs.ipynb #5e237b29
 def environment() -> dict:  # gpu, driver, cuda, os, python, torch, mamba_ssm, transformers, datasets
     "Machine and versions in the rows of the paper's Table A1; None for what is not there."
     import torch
     gpu, driver = None, None
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
-        query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=True)
-        driver = query.stdout.split("\n")[0].strip()
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0].strip() or None if shutil.which("nvidia-smi") else None
     packages = {name.replace("-", "_"): version_of(name) for name in ("torch", "mamba-ssm", "transformers", "datasets")}
     return {"gpu": gpu, "driver": driver, "cuda": torch.version.cuda, "os": platform.platform(),
             "python": platform.python_version(), **packages}
 
-# %% ../nbs/01_runs.ipynb #e4033867
-def code_version() -> dict:  # biomamba, commit (None outside a checkout)
-    "The library's version and, in a checkout, its commit."
-    git = shutil.which("git")
-    inside = git and (project_root() / ".git").exists()
-    commit = subprocess.run([git, "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True) if inside else None
-    return {"biomamba": __version__, "commit": commit.stdout.strip() or None if commit and commit.returncode == 0 else None}
+# %% ../nbs/01_runs.ipynb #fb61ff90
+def code_version() -> dict:  # biomamba, commit (None outside a checkout; "+" behind it: with changes)
+    "The library's version and, in a checkout of it, its commit."
+    checkout, git = Path(biomamba.__file__).resolve().parent.parent, shutil.which("git")
+    version = {"biomamba": biomamba.__version__, "commit": None}
+    if not git or not (checkout / ".git").exists(): return version
+    ask = lambda *words: subprocess.run([git, *words], cwd=checkout, capture_output=True, text=True).stdout.strip()
+    changed = ask("status", "--porcelain", "--untracked-files=no")
+    return version | {"commit": (ask("rev-parse", "HEAD") or None) and ask("rev-parse", "HEAD") + ("+" if changed else "")}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_NON_FINITE', 'MOMENTS', 'COUNTERS', 'BASE_CARD', 'State', 'start_accelerator', 'total', 'accumulate',
-           'take_step', 'count_non_finite', 'Part', 'validation_losses', 'tensors_of', 'checkpoint_path',
+           'take_step', 'count_non_finite', 'Rows', 'validation_losses', 'tensors_of', 'checkpoint_path',
            'checkpoint_steps', 'save_checkpoint', 'restore', 'evaluation_steps', 'evaluate_and_save', 'train', 'work',
            'identity_of', 'export_best', 'pretrain', 'launch', 'main', 'make_base', 'evaluate', 'assemble']
 
-# %% ../nbs/09b_training.ipynb #e661ff8f
-import contextlib, dataclasses, gc, hashlib, json, math, os, shutil, subprocess, sys, time
+# %% ../nbs/09b_training.ipynb #4fbbe778
+import builtins, contextlib, dataclasses, gc, hashlib, json, math, os, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .mamba2 import mamba2_config, new_model
 from .optim import Average, make_optimizer, set_learning_rate
 from .packing import step_batches
 from .perplexity import Scores, autocast, change, perplexity, score
-from .runs import Recipe, Run, UserError, base_recipe, cache_dir, code_version, ema_decay, environment, fingerprint, folder_atomic, progress, steps_of, write_atomic
+from .runs import Recipe, Run, UserError, base_recipe, cache_dir, check_processes, code_version, ema_decay, environment, fingerprint, folder_atomic, made_once, progress, steps_of, write_atomic
 
 # %% ../nbs/09b_training.ipynb #f7e4d2c2
 @dataclass
@@ -106,14 +106,14 @@ def count_non_finite(state: State) -> None:
     if state.non_finite > MOST_NON_FINITE:
         raise UserError(f"{state.non_finite} optimizer steps had a loss or a gradient that is not finite, the last at step {state.step + 1}; a lower learning_rate or precision='fp32' is accepted")
 
-# %% ../nbs/09b_training.ipynb #d0d84163
-class Part:
+# %% ../nbs/09b_training.ipynb #796b3980
+class Rows:
     "Some of the rows of a document table."
     def __init__(self, documents, rows): self.documents, self.rows = documents, list(rows)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.documents[self.rows[i]]
 
-# %% ../nbs/09b_training.ipynb #8fecbbf2
+# %% ../nbs/09b_training.ipynb #d6cdc8a2
 def validation_losses(
     model: torch.nn.Module,
     corpus: Corpus,
@@ -125,11 +125,11 @@ def validation_losses(
     for source in recipe.mixture:
         documents = corpus.collection.documents("validation", source)
         rows = range(min(len(documents), recipe.validation_documents))[accelerator.process_index :: accelerator.num_processes]
-        scores = score(model, Part(documents, rows), recipe, desc=f"validating {source}") if rows else None
+        scores = score(model, Rows(documents, rows), recipe, desc=f"validating {source}") if rows else None
         nats, tokens = total(accelerator, scores.nats.sum() if scores else 0, scores.tokens.sum() if scores else 0)
         losses[source] = nats / tokens
     weights = {s: int(n.sum()) for s, n in corpus.lengths.items()}
-    selection = sum(losses[s] * weights[s] for s in losses) / sum(weights.values())
+    selection = sum(losses[s] * w for s, w in weights.items()) / sum(weights.values())
     return {"selection": selection, **losses}
 
 # %% ../nbs/09b_training.ipynb #d15507af
@@ -170,7 +170,7 @@ def save_checkpoint(
     for step in checkpoint_steps(run):
         if step not in (state.step, state.best.get("step")): shutil.rmtree(checkpoint_path(run, step))
 
-# %% ../nbs/09b_training.ipynb #3a92dd1c
+# %% ../nbs/09b_training.ipynb #4e42ba39
 def restore(
     state: State,
     run: Run,
@@ -183,7 +183,7 @@ def restore(
     with torch.no_grad():
         for name, p in state.model.named_parameters():
             p.copy_(tensors[f"model.{name}"]); state.average.shadow[name].copy_(tensors[f"average.{name}"])
-            moments = {m: tensors[f"{m}.{name}"].to("cpu" if m == "step" else p.device) for m in MOMENTS if f"{m}.{name}" in tensors}
+            moments = {m: tensors[f"{m}.{name}"].to(p.device) for m in MOMENTS if f"{m}.{name}" in tensors}
             if moments: state.optimizer.state[p] = moments
 
 # %% ../nbs/09b_training.ipynb #ab59f453
@@ -212,7 +212,7 @@ def evaluate_and_save(
     accelerator.wait_for_everyone()
     return losses
 
-# %% ../nbs/09b_training.ipynb #b57a7c29
+# %% ../nbs/09b_training.ipynb #c88dafad
 def train(
     state: State,
     corpus: Corpus,
@@ -223,7 +223,7 @@ def train(
     "Train from where the state stands to the last step."
     steps = steps_of(recipe, len(corpus))
     due, model = evaluation_steps(steps, recipe.evaluations), accelerator.prepare(state.model)
-    if state.step == 0: evaluate_and_save(state, corpus, recipe, run, accelerator)
+    if not state.best: evaluate_and_save(state, corpus, recipe, run, accelerator)
     state.model.train()
     quiet = {} if accelerator.is_main_process else {"disable": True}
     with progress(total=steps, initial=state.step, desc="training", unit=" steps", **quiet) as bar:
@@ -253,7 +253,7 @@ def work(
     if accelerator.is_main_process: export_best(state, run, model_folder)
     accelerator.wait_for_everyone()
 
-# %% ../nbs/09b_training.ipynb #4e1fe5d6
+# %% ../nbs/09b_training.ipynb #0c51d6cd
 def identity_of(
     recipe: Recipe,
     corpus: Corpus,
@@ -262,6 +262,9 @@ def identity_of(
     processes: int,
 ) -> dict:  # plain data
     "All that decides a training run; a run folder belongs to one identity."
+    check_processes(processes)
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise UserError(f"processes={processes!r} and this machine has {torch.cuda.device_count()} GPUs; at most one process a GPU is accepted")
     weights = hashlib.sha256()
     for path in sorted(p for p in Path(model_folder).iterdir() if p.suffix in (".safetensors", ".bin")):
         with open(path, "rb") as file: weights.update(hashlib.file_digest(file, "sha256").digest())
@@ -283,7 +286,7 @@ def export_best(
                "seconds": round(state.seconds, 1), "tokens_per_second": round(state.tokens / state.seconds, 1)}
     write_atomic(run / "training.json", json.dumps(summary, indent=1))
 
-# %% ../nbs/09b_training.ipynb #49d955a0
+# %% ../nbs/09b_training.ipynb #4e492d12
 def pretrain(
     run: Run,
     model_folder: Path,
@@ -293,13 +296,14 @@ def pretrain(
     "Train the run to its end, from where it stands; one that has ended returns what it found."
     done = run / "training.json"
     with run.lock():
+        for left in (run / "checkpoints").glob(".step-*"): shutil.rmtree(left)      # what a kill left half-written
         if not done.exists():
             write_atomic(run / "manifest.json", json.dumps(corpus.manifest, indent=1))
             if processes == 1: work(run, model_folder, corpus.collection.folder, corpus.part)
             else: launch(run, model_folder, corpus, processes)
     return json.loads(done.read_text())
 
-# %% ../nbs/09b_training.ipynb #32ac4446
+# %% ../nbs/09b_training.ipynb #1ff5830e
 def launch(
     run: Run,
     model_folder: Path,
@@ -307,25 +311,29 @@ def launch(
     processes: int,
 ) -> None:
     "Run `work` in several processes; what counts is what they wrote."
-    if not isinstance(processes, int) or processes < 1: raise UserError(f"processes={processes!r}; a whole number from 1 is accepted")
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "biomamba.training",
                str(run.folder), str(model_folder), str(corpus.collection.folder), corpus.part]
+    (run / "error.txt").unlink(missing_ok=True)
     code = subprocess.run(command, env=environment).returncode
+    if (run / "error.txt").exists(): raise UserError((run / "error.txt").read_text())
     if not (run / "training.json").exists(): raise RuntimeError(f"the {processes} training processes ended with exit code {code} before the run was over")
 
-# %% ../nbs/09b_training.ipynb #e3b46a3d
+# %% ../nbs/09b_training.ipynb #d198ab7c
 def main(arguments: list[str]) -> None:
     "The entry of a launched process: run folder, model folder, collection folder, part."
     folder, model_folder, collection, part = arguments
     run = Run(folder, json.loads((Path(folder) / "recipe.json").read_text()))
-    work(run, Path(model_folder), Path(collection), part)
+    try: work(run, Path(model_folder), Path(collection), part)
+    except UserError as error:
+        write_atomic(run / "error.txt", str(error))
+        raise SystemExit(1)
     gc.collect()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-if __name__ == "__main__" and "IPython" not in sys.modules: main(sys.argv[1:])
+if __name__ == "__main__" and not hasattr(builtins, "get_ipython"): main(sys.argv[1:])    # a process of its own, not a notebook
 
-# %% ../nbs/09b_training.ipynb #329da9cc
+# %% ../nbs/09b_training.ipynb #4eed5a89
 BASE_CARD = """# Base model for scale {scale}, made locally
 
 This model stands in for a published Mamba-2 checkpoint. It was pretrained from scratch for {steps} optimizer steps
@@ -340,14 +348,18 @@ def make_base(
 ) -> Path:  # folder of the model
     "The base model of a scale that has no published checkpoint: from the cache, or pretrained now."
     made = base_recipe(recipe)
+    missing = [source for source in made.mixture if not (collection.folder / "base" / source).is_dir()]
+    if missing: raise UserError(f"the base model of scale {recipe.scale} needs documents of {', '.join(missing)}, and the corpus leaves it none; a mixture that names {', '.join(made.mixture)} with more documents of each, or a local folder as `model`, is accepted")
     corpus = Corpus(collection, made, part="base")
     identity = {"recipe": dataclasses.asdict(made), "corpus": corpus.fingerprint}
-    run = Run(cache_dir() / "base" / fingerprint(identity), identity)
-    if not (run / "initial").exists():
-        save_model(new_model(mamba2_config(made), seed=made.seed), run / "initial", load_tokenizer(collection.tokenizer_folder))
-    summary = pretrain(run, run / "initial", corpus)
-    shares = ", ".join(f"{share:.0%} {source}" for source, share in made.mixture.items())
-    write_atomic(run / "model" / "README.md", BASE_CARD.format(scale=made.scale, mixture=shares, **summary))
+    folder = cache_dir() / "base" / fingerprint(identity)
+    with made_once(folder):
+        run = Run(folder, identity)
+        if not (run / "initial").exists():
+            save_model(new_model(mamba2_config(made), seed=made.seed), run / "initial", load_tokenizer(collection.tokenizer_folder))
+        summary = pretrain(run, run / "initial", corpus)
+        shares = ", ".join(f"{share:.0%} {source}" for source, share in made.mixture.items())
+        write_atomic(run / "model" / "README.md", BASE_CARD.format(scale=made.scale, mixture=shares, **summary))
     return run / "model"
 
 # %% ../nbs/09b_training.ipynb #3416f776

@@ -195,7 +195,7 @@ def broken(texts: Path, folder: Path, documents: list[dict]) -> str:
 
 def test_empty_source(texts, tmp_path):
     corpus = broken(texts, tmp_path / "c", [])
-    refused("c4", corpus=corpus, overrides=SMALL)
+    refused("c4 holds no document", corpus=corpus, overrides=SMALL)
 
 
 def test_all_duplicates(texts, tmp_path):
@@ -219,7 +219,17 @@ def test_truncated_file(texts, tmp_path):
     (corpus / "c4" / "texts.jsonl").unlink()
     (corpus / "c4" / "texts.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     refused("texts.jsonl.gz", corpus=str(corpus), overrides=SMALL)
-    assert not list(Path(os.environ["BIOMAMBA_CACHE"]).glob("collections/.*")), "a half-built collection was left behind"
+
+
+def test_nothing_half_built_is_left_behind(texts, monkeypatch):
+    import biomamba.corpus as corpus
+    def broken(*_): raise OSError("the disk is full")
+    monkeypatch.setattr(corpus, "save_table", broken)
+    cache = Path(os.environ["BIOMAMBA_CACHE"]) / "collections"
+    before = set(cache.iterdir())
+    with pytest.raises(OSError, match="disk is full"):
+        run(corpus=str(texts), overrides=SMALL | {"vocabulary": 300})
+    assert {p for p in set(cache.iterdir()) - before if p.suffix != ".lock"} == set()
 
 
 def test_run_dir_of_another_recipe(finished, texts):
@@ -231,7 +241,32 @@ def test_run_dir_that_is_a_file(texts, tmp_path):
     refused("is a file", corpus=str(texts), run_dir=str(tmp_path / "file"), steps=6, overrides=SMALL)
 
 
+def test_a_folder_of_somebody_else_is_not_claimed(texts, tmp_path):
+    (tmp_path / "model").mkdir()
+    refused("is no run folder and holds model", corpus=str(texts), run_dir=str(tmp_path), steps=6, overrides=SMALL)
+
+
+def test_a_mixture_without_what_the_base_needs(texts):
+    refused("needs documents of c4, wikipedia", corpus=str(texts), mixture={"pubmed": 1.0}, overrides=SMALL)
+
+
+def test_a_source_with_share_0_is_measured_and_not_trained_on(texts, tmp_path):
+    mixture = {"pubmed": 1.0, "c4": 0.0, "wikipedia": 0.0}
+    names = run(corpus=str(texts), run_dir=str(tmp_path / "r"), steps=2, mixture=mixture, overrides=SMALL)
+    assert set(names["texts"].counts) == {"pubmed"} and set(names["results"]["change"]) == set(SIZES)
+
+
+def test_a_checkpoint_of_another_shape(finished, texts):
+    refused("has d_model=32 and the recipe of scale tiny 160", corpus=str(texts), model=str(finished))
+
+
+def test_epochs_over_a_corpus_of_any_length(texts, tmp_path):
+    names = run(corpus=str(texts), run_dir=str(tmp_path / "r"), overrides=SMALL | {"epochs": 1, "sequences_per_step": 64})
+    assert names["results"]["training"]["steps"] == -(-len(names["texts"]) // 64)
+
+
 def test_a_checkpoint_out_of_reach(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import biomamba.checkpoints as checkpoints
+    monkeypatch.setattr(checkpoints, "is_offline_mode", lambda: True)
     message = refused("state-spaces/mamba2-780m", "tiny", scale="780m")
     assert "model" in message

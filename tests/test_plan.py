@@ -116,7 +116,7 @@ def test_it_shows_itself_everywhere_with_its_warnings():
     made = plan(recipe("1.3b", steps=600), "24gb")
     for page in (str(made), made._repr_html_(), made._repr_markdown_()):
         assert "1,343,757,312" in page and all(warning in page for warning in made.warnings) and len(made.warnings) == 2
-    assert "unknown" in str(plan(recipe("tiny")))
+    assert "CPU" in str(plan(recipe("tiny")))
 
 
 @pytest.mark.parametrize("call, sentence", [

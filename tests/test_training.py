@@ -42,6 +42,26 @@ def start(folder, r, collection, base, processes=1):
     return run, pretrain(run, base, corpus, processes)
 
 
+def test_a_run_stopped_before_its_first_validation_step_logs_step_0_once(collection, base, tmp_path):
+    corpus = Corpus(collection, SMALL)
+    run = Run(tmp_path / "r", identity_of(SMALL, corpus, "base", base, 1))
+    write = run.log
+    def stop(**line):
+        if line["step"] == 1: raise KeyboardInterrupt
+        write(**line)
+    run.log = stop
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(run, base, corpus)
+    again, _ = start(tmp_path / "r", SMALL, collection, base)
+    assert [line["step"] for line in again.metrics if "validation_loss" in line] == [0, 2, 4, 6, 8]
+
+
+def test_a_mistake_in_several_processes_is_one_sentence(collection, base, tmp_path):
+    wild = dataclasses.replace(SMALL, learning_rate=1e18, clip=1e18, warmup_ratio=0.0, steps=30, evaluations=1)
+    with pytest.raises(UserError, match="not finite|validation loss"):
+        start(tmp_path / "wild", wild, collection, base, processes=2)
+
+
 def losses(run):
     return [line["loss"] for line in run.metrics if "loss" in line]
 
