@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VERBS', 'notebook', 'add_parameters', 'typed', 'run_notebook', 'recipe_asked', 'cpt', 'plan', 'parse', 'main']
 
-# %% ../nbs/90_cli.ipynb #2084174f
+# %% ../nbs/90_cli.ipynb #b0ff48f2
 import argparse, json, os, shutil, sys, tempfile
 from pathlib import Path
 
 import biomamba
 from .runs import Recipe, UserError, check_processes, given, project_root, read_metrics, recipe_from, run_dir_for
 
-# %% ../nbs/90_cli.ipynb #f0abafb7
+# %% ../nbs/90_cli.ipynb #932ddfa5
 def notebook(
     name: str,   # "10_cpt"
 ) -> Path:
@@ -23,7 +23,7 @@ def notebook(
     if not found: raise UserError(f"notebook {name} is in none of {', '.join(map(str, places))}; a checkout or an installed biomamba is accepted")
     return found[0]
 
-# %% ../nbs/90_cli.ipynb #3ff14643
+# %% ../nbs/90_cli.ipynb #531ee26d
 def add_parameters(
     parser: argparse.ArgumentParser,
     name: str,                        # of a run notebook
@@ -35,7 +35,7 @@ def add_parameters(
         if about["default"] in ("True", "False"): parser.add_argument(option, action="store_true", default=None, help=about["help"])
         else: parser.add_argument(option, default=None, help=f"{about['help']} (default {about['default']})")
 
-# %% ../nbs/90_cli.ipynb #031a107d
+# %% ../nbs/90_cli.ipynb #4de77e9f
 def typed(
     parameters: dict,   # name → text
 ) -> dict:  # whole numbers as int
@@ -43,7 +43,7 @@ def typed(
     whole = lambda name, value: name in ("steps", "seed", "processes") and isinstance(value, str) and value.lstrip("-").isdigit()
     return {name: int(value) if whole(name, value) else value for name, value in parameters.items()}
 
-# %% ../nbs/90_cli.ipynb #94ef814e
+# %% ../nbs/90_cli.ipynb #1bc916b2
 def run_notebook(
     name: str,          # of a run notebook
     parameters: dict,
@@ -60,7 +60,7 @@ def run_notebook(
         raise
     return Path(shutil.move(partial, folder / f"{name}.ipynb"))
 
-# %% ../nbs/90_cli.ipynb #8a2faf83
+# %% ../nbs/90_cli.ipynb #7fee7aca
 def recipe_asked(
     parameters: dict,   # of 10_cpt
 ) -> Recipe:
@@ -68,7 +68,7 @@ def recipe_asked(
     check_processes(parameters.get("processes", 1))
     return recipe_from(**{name: parameters.get(name) for name in ("mixture", "steps", "seed", "overrides")}, scale=parameters.get("scale", "tiny"))
 
-# %% ../nbs/90_cli.ipynb #ddbcf054
+# %% ../nbs/90_cli.ipynb #4dcab0c0
 def cpt(
     parameters: dict,   # of 10_cpt
 ) -> None:
@@ -82,7 +82,7 @@ def cpt(
     results = json.loads((folder / "results.json").read_text())
     sys.stdout.write(f"\n{perplexity_table(results)}\n\n{curve_text(read_metrics(folder))}\n\nrun folder: {folder}\n")
 
-# %% ../nbs/90_cli.ipynb #36e53038
+# %% ../nbs/90_cli.ipynb #b0547147
 def plan(
     parameters: dict,   # of 10_cpt
 ) -> None:
@@ -92,7 +92,7 @@ def plan(
 
 VERBS = {"cpt": cpt, "plan": plan}
 
-# %% ../nbs/90_cli.ipynb #1257b3de
+# %% ../nbs/90_cli.ipynb #69bb0660
 def parse(
     arguments: list[str],
 ) -> tuple[str, dict]:  # verb; parameters that were given
@@ -104,7 +104,7 @@ def parse(
     read = vars(parser.parse_args(arguments))
     return read.pop("verb"), typed(given(**read))
 
-# %% ../nbs/90_cli.ipynb #5a639875
+# %% ../nbs/90_cli.ipynb #e555de79
 def main(
     arguments: list[str] | None = None,   # None: the process's own
 ) -> int:  # exit code
