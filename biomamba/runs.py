@@ -176,8 +176,8 @@ def ema_decay(
     "The stated decay of the weights' average, or the paper's ratio of memory to run: 1 − 6/steps."
     return max(0.0, 1 - 6 / steps) if recipe.ema_decay is None else recipe.ema_decay
 
-# %% ../nbs/01_runs.ipynb #9c2523a5
-BASE = dict(mixture={"c4": 0.70, "wikipedia": 0.22, "pubmed": 0.08}, learning_rate=3e-3, layer_decay=1.0, seed=0, evaluations=4)
+# %% ../nbs/01_runs.ipynb #4aafa46d
+BASE = dict(mixture={"c4": 0.70, "wikipedia": 0.22, "pubmed": 0.08}, learning_rate=3e-3, layer_decay=1.0, seed=0, evaluations=1)
 SHAPE = ("d_model layers state head_dim expand groups conv vocabulary max_tokens micro_batch_tokens sequences_per_step "
          "validation_documents base_steps").split()
 
