@@ -12,13 +12,14 @@ VENV ?= .venv
 FRESH ?=
 RUNS ?= runs/tiny runs/sample-[123] runs/real-[123]
 NB ?=
+ROW ?=
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 NOTEBOOKS := $(PY) .ci/notebooks.py
 PYTEST := TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra
 
 .NOTPARALLEL:
-.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow outputs export readme results docs clean
+.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench outputs export readme results docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-16s%s\n' "$$name" "$$text"; done
@@ -48,6 +49,12 @@ test-fast: oracles ## pytest, without the slow tests
 
 test-slow: oracles ## pytest, the slow tests
 	$(PYTEST) -m slow
+
+soak: setup ## kill a training run twenty times and compare what it ends with, bit for bit
+	$(PY) tests/soak.py
+
+bench: setup ## measure speed and memory against stock transformers, a quarter of an hour; ROW="step-fp32 tokenizing" for some rows
+	$(PY) -m benchmarks $(ROW)
 
 outputs: setup ## execute the notebooks in place and store their outputs; NB="10_cpt index" for some of them
 	$(NOTEBOOKS) outputs $(NB)

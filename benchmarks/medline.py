@@ -1,28 +1,13 @@
-"""Reading MEDLINE XML: this project beside pubmed_parser, on the same file, in turns.
+"""Rows of MEDLINE XML: this project beside pubmed_parser 0.5.1, on the same file, in turns, each reading in a process of its own.
 
-    python benchmarks/medline.py [--source FILE.xml.gz] [--records 30000] [--rounds 3]
-
-The file is made by repeating the records of --source (or three invented ones) with new PMIDs. Each reading runs in a
-process of its own; shown are the best of the rounds and the peak memory. Needs pubmed-parser==0.5.1 for the comparison.
+The file is made by repeating the records of a real one (or three invented ones) with new PMIDs.
 """
-
-import argparse, gzip, importlib.util, json, os, re, subprocess, sys, tempfile
+import gzip, importlib.util, os, re, tempfile, time
 from pathlib import Path
 
-READERS = {
-    "biomamba": "from biomamba.documents import read_documents\nstart()\nn = sum(1 for _ in read_documents(PATH, 'pubmed'))",
-    "pubmed_parser": "import pubmed_parser\nstart()\nn = sum(1 for _ in pubmed_parser.parse_medline_xml(PATH))",
-}
-FRAME = """
-import json, sys, time
-PATH = {path!r}
-def start():
-    global wall, cpu
-    wall, cpu = time.perf_counter(), time.process_time()
-{body}
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-print(json.dumps(dict(n=n, wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, peak=peak)))
-"""
+from benchmarks.harness import Found, Skip, alternate, fresh, peak_memory
+
+SOURCE, RECORDS = "pubmed/pubmedsample18n0001.xml.gz", 30_000   # below the folder that BIOMAMBA_DATA names
 INVENTED = """<PubmedArticle><MedlineCitation Status="MEDLINE" Owner="NLM"><PMID Version="1">{0}</PMID><Article PubModel="Print"><Journal><ISSN IssnType="Print">0000-0000</ISSN>
 <JournalIssue CitedMedium="Print"><Volume>{0}</Volume><PubDate><Year>2001</Year></PubDate></JournalIssue><Title>Journal of Invented Results</Title></Journal>
 <ArticleTitle>Invented title {0} about <i>nothing</i> in particular.</ArticleTitle><Abstract><AbstractText Label="METHODS">{1}</AbstractText><AbstractText Label="RESULTS">{1}</AbstractText></Abstract>
@@ -42,7 +27,7 @@ def records_of(source):
     if source is None: return invented()
     content = (gzip.decompress if source.endswith(".gz") else bytes)(Path(source).read_bytes())
     found = re.findall(rb"<PubmedArticle>.*?</PubmedArticle>", content, re.DOTALL)
-    if not found: sys.exit(f"{source} holds no PubmedArticle")
+    if not found: raise Skip(f"{source} holds no PubmedArticle")
     return found
 
 
@@ -54,33 +39,47 @@ def make_file(path, records, n):
         file.write(b"</PubmedArticleSet>\n")
 
 
-def measure(reader, path):
-    "One reading in a process of its own."
-    code = FRAME.format(path=str(path), body=READERS[reader])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}, cwd=Path(__file__).parents[1])
-    if done.returncode: sys.exit(done.stderr)
-    return json.loads(done.stdout)
+def read(
+    reader: str,  # ours or pubmed_parser
+    path: str,
+    records: int, # in the file
+) -> dict:  # records a second; peak memory in MB
+    "One reading, in the process that calls this."
+    if reader == "ours":
+        from biomamba.documents import read_documents
+        found = lambda: read_documents(path, "pubmed")
+    else:
+        import pubmed_parser
+        found = lambda: pubmed_parser.parse_medline_xml(path)
+    began = time.perf_counter()
+    n = sum(1 for _ in found())
+    seconds = time.perf_counter() - began
+    assert 0.9 * records < n <= records, f"{reader} found {n} of {records} records"
+    return {"rate": records / seconds, "peak": 1000 * peak_memory()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="a PubMed file whose records are repeated; invented ones without it")
-    parser.add_argument("--records", type=int, default=30_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    readers = [r for r in READERS if r != "pubmed_parser" or importlib.util.find_spec("pubmed_parser")]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "records.xml.gz"
-        make_file(path, records_of(options.source), options.records)
-        runs = {reader: [] for reader in readers}
-        for _ in range(options.rounds):
-            for reader in readers: runs[reader].append(measure(reader, path))
-        print(f"MEDLINE XML, {options.records:,} records, {path.stat().st_size / 1e6:.0f} MB compressed, best of {options.rounds}\n")
-    print("| reader | records/s | records/CPU s | peak MB |\n|:--|--:|--:|--:|")
-    best = {reader: {key: min(run[key] for run in found) for key in ("wall", "cpu", "peak", "n")} for reader, found in runs.items()}
-    for reader, b in best.items(): print(f"| {reader} | {b['n'] / b['wall']:,.0f} | {b['n'] / b['cpu']:,.0f} | {b['peak']:.0f} |")
-    if len(best) == 2: print(f"\nratio: {best['pubmed_parser']['wall'] / best['biomamba']['wall']:.2f} (wall), {best['pubmed_parser']['cpu'] / best['biomamba']['cpu']:.2f} (CPU)")
-    else: print("\nno comparison: pip install pubmed-parser==0.5.1")
+def measured(
+    quick: bool,
+    number: str,   # rate or peak
+) -> Found:
+    "The readings of both, in turns; there is no target on invented records."
+    if importlib.util.find_spec("pubmed_parser") is None: raise Skip("pubmed_parser is not installed: pip install pubmed-parser==0.5.1")
+    folder, n = os.environ.get("BIOMAMBA_DATA"), 60 if quick else RECORDS
+    with tempfile.TemporaryDirectory() as made:
+        path = str(Path(made) / "records.xml.gz")
+        make_file(path, records_of(str(Path(folder) / SOURCE) if folder else None), n)
+        one = lambda reader: lambda: fresh("medline:read", here=quick, reader=reader, path=path, records=n)[number]
+        runs = {reader: one(reader) for reader in ("ours", "pubmed_parser")}
+        values = alternate(runs, quick) if number == "rate" else {reader: [run()] for reader, run in runs.items()}
+    return Found(values, data=f"{n:,} records, " + ("real ones repeated" if folder else "invented"),
+                 untargeted="" if folder else "BIOMAMBA_DATA is not set: invented records")
 
 
-if __name__ == "__main__": main()
+def reading(quick: bool) -> Found:
+    "Records a second."
+    return measured(quick, "rate")
+
+
+def memory(quick: bool) -> Found:
+    "The peak of a process that reads."
+    return measured(quick, "peak")

@@ -187,67 +187,71 @@ def _mix(
         cache.update_recurrent_state(state, mixer.layer_idx)
     return y.flatten(2)
 
-# %% ../nbs/06b_mamba2.ipynb #098ff0c5
+# %% ../nbs/06b_mamba2.ipynb #479f0eb2
 def _blocks(
-    rows: int,        # positions that are scored
-    vocabulary: int,  # V
-) -> list[slice]:     # blocks whose logits are held together; 128 MB in fp32 at most
-    "Large enough for fast products, small enough to be forgotten."
-    step = max(128, min(1024, 2**25 // vocabulary))
+    rows: int,     # positions that are scored
+    most: int,     # in one block
+) -> list[slice]:  # blocks of nearly the same length
+    "Cut rows into blocks."
+    step = max(1, -(-rows // max(1, -(-rows // most))))
     return [slice(i, i + step) for i in range(0, rows, step)]
 
-# %% ../nbs/06b_mamba2.ipynb #bf4c7ce9
+# %% ../nbs/06b_mamba2.ipynb #4cf09ecb
 def _block_loss(
-    hidden: Tensor,   # (rows, width), in the dtype of the products
-    weight: Tensor,   # (V, width), the same dtype
-    targets: Tensor,  # (rows)
-) -> tuple[Tensor, Tensor]:  # losses (rows), log-probabilities (rows, V), at least fp32
-    "One block of rows."
-    logits = hidden @ weight.T
-    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-    return -logp.gather(1, targets[:, None]).squeeze(1), logp
+    hidden: Tensor,     # (rows, width), in the dtype of the products
+    weight: Tensor,     # (V, width), the same dtype
+    targets: Tensor,    # (rows)
+    p: Tensor | None = None,      # (rows, V), takes the gradient of the logits
+    scale: Tensor | None = None,  # gradient that reaches each row's loss, (rows, 1)
+) -> Tensor:            # losses (rows), at least fp32
+    "Losses of one block, a cacheful of logits at a time; the gradient is softmax minus one at the target."
+    real = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(len(hidden), dtype=real)
+    for k in _blocks(len(hidden), max(128, 2**21 // len(weight))):
+        logp, aims = torch.log_softmax((hidden[k] @ weight.T).to(real), -1), targets[k, None]
+        losses[k] = -logp.gather(1, aims).squeeze(1)
+        if p is None: continue
+        logp.exp_().scatter_add_(1, aims, torch.full_like(aims, -1, dtype=real))
+        p[k] = logp.mul_(scale[k])
+    return losses
 
-# %% ../nbs/06b_mamba2.ipynb #1eff1700
-def _block_gradient(
-    logp: Tensor,      # (rows, V), overwritten
-    hidden: Tensor,    # (rows, width)
-    weight: Tensor,    # (V, width)
-    targets: Tensor,   # (rows)
-    scale: Tensor | float,  # gradient that reaches each row's loss, (rows, 1)
-    dweight: Tensor,   # (V, width), added to in place
-) -> Tensor:           # gradient of hidden, (rows, width)
-    "Softmax minus one at the target, into the gradients of head and hidden states."
-    p = logp.exp_()
-    p.scatter_add_(1, targets[:, None], torch.full_like(p[:, :1], -1))
-    p = p.mul_(scale).to(weight.dtype)
-    if dweight.dtype == p.dtype: dweight.addmm_(p.T, hidden)
-    else: dweight += p.T @ hidden
-    return p @ weight
+# %% ../nbs/06b_mamba2.ipynb #526e0b56
+def _losses_and_gradients(
+    hidden: Tensor,          # (rows, width)
+    weight: Tensor,          # (V, width)
+    targets: Tensor,         # (rows)
+    scale: Tensor,           # gradient that reaches each row's loss, (rows, 1)
+    dtype: torch.dtype,      # of the products
+) -> tuple[Tensor, Tensor, Tensor]:  # losses (rows), gradients of hidden and weight
+    "Block by block; the gradients of the head are summed in the weight's own dtype."
+    h, w, dh, dw = hidden.to(dtype), weight.to(dtype), torch.empty_like(hidden), None
+    most, losses = max(128, min(1024, 2**27 // (len(w) * w.itemsize))), []
+    for k in _blocks(len(h), most):
+        p = h.new_empty(len(h[k]), len(w))
+        losses.append(_block_loss(h[k], w, targets[k], p, scale[k]))
+        dw = (p.T @ h[k]).to(weight.dtype) if dw is None else dw.addmm_(p.T, h[k]) if dw.dtype == dtype else dw.add_(p.T @ h[k])
+        dh[k] = p @ w
+    return torch.cat(losses) if losses else hidden.new_empty(0), dh, torch.zeros_like(weight) if dw is None else dw
 
-# %% ../nbs/06b_mamba2.ipynb #3a159441
+# %% ../nbs/06b_mamba2.ipynb #25de37a2
 class HeadLoss(torch.autograd.Function):
     "Losses of all rows; with `scale`, their sum times scale, and the gradients formed on the way."
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, scale):
-        h, w, losses = hidden.to(dtype), weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        dh, dw = (None, None) if scale is None else (torch.empty_like(hidden), torch.zeros_like(weight))
-        for k in _blocks(len(h), len(w)):
-            losses[k], logp = _block_loss(h[k], w, targets[k])
-            if scale is not None: dh[k] = _block_gradient(logp, h[k], w, targets[k], scale, dw)
-        ctx.save_for_backward(*((hidden, weight, targets) if scale is None else (dh, dw)))
-        ctx.dtype = dtype
-        return losses if scale is None else losses.sum() * scale
+        ctx.dtype, ctx.formed = dtype, scale is not None
+        if not ctx.formed:
+            ctx.save_for_backward(hidden, weight, targets)
+            return _block_loss(hidden.to(dtype), weight.to(dtype), targets)
+        losses, *gradients = _losses_and_gradients(hidden, weight, targets, torch.full((len(hidden), 1), scale, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device), dtype)
+        ctx.save_for_backward(*gradients)
+        return losses.sum() * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        if len(saved) == 2: return *(v * grad for v in saved), None, None, None
-        hidden, weight, targets = saved
-        h, w, dh, dw = hidden.to(ctx.dtype), weight.to(ctx.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
-        for k in _blocks(len(h), len(w)):
-            dh[k] = _block_gradient(_block_loss(h[k], w, targets[k])[1], h[k], w, targets[k], grad[k, None], dw)
+        if ctx.formed: return *(v * grad for v in ctx.saved_tensors), None, None, None
+        _, dh, dw = _losses_and_gradients(*ctx.saved_tensors, grad[:, None], ctx.dtype)
         return dh, dw, None, None, None
 
 # %% ../nbs/06b_mamba2.ipynb #76f613b6

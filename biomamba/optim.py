@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER_DECAYED', 'learning_rate_factor', 'depth_factor', 'is_decayed', 'parameter_groups', 'make_optimizer',
-           'set_learning_rate', 'Average']
+           'set_learning_rate', 'local', 'Average']
 
 # %% ../nbs/07_optim.ipynb #090bb935
 import contextlib, math, re
@@ -50,7 +50,7 @@ def is_decayed(
     "Whether weight decay applies to a parameter."
     return parameter.ndim >= 2 and not name.endswith(NEVER_DECAYED)
 
-# %% ../nbs/07_optim.ipynb #2bf911e3
+# %% ../nbs/07_optim.ipynb #1f44511c
 def parameter_groups(
     model: torch.nn.Module,
     recipe: Recipe,
@@ -59,7 +59,8 @@ def parameter_groups(
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad: continue
-        factor, weight_decay = depth_factor(name, recipe), recipe.weight_decay if is_decayed(name, parameter) else 0.0
+        decayed = recipe.decayed == "all" or is_decayed(name, parameter)
+        factor, weight_decay = depth_factor(name, recipe), recipe.weight_decay if decayed else 0.0
         group = groups.setdefault((factor, weight_decay), {"params": [], "names": [], "weight_decay": weight_decay, "factor": factor})
         group["params"].append(parameter); group["names"].append(name)
     return list(groups.values())
@@ -84,7 +85,14 @@ def set_learning_rate(
     for group in optimizer.param_groups: group["lr"] = rate * group["factor"]
     return rate
 
-# %% ../nbs/07_optim.ipynb #55a4cdf3
+# %% ../nbs/07_optim.ipynb #0f1e6604
+def local(
+    tensor: torch.Tensor,  # whole, or a DTensor
+) -> torch.Tensor:  # this process's part
+    "What this process holds of a tensor."
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+# %% ../nbs/07_optim.ipynb #55904a78
 class Average:
     "An exponential moving average of a model's parameters."
 
@@ -99,7 +107,7 @@ class Average:
     def update(self, model: torch.nn.Module) -> None:
         "Move the average towards the model's present weights; once per optimizer step."
         now = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self.shadow.values()), [now[name].detach().float() for name in self.shadow], 1 - self.decay)
+        torch._foreach_lerp_([local(t) for t in self.shadow.values()], [local(now[name].detach()).float() for name in self.shadow], 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self, model: torch.nn.Module):

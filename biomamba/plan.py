@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS_PER_DOCUMENT', 'TOKENS_ORIGIN', 'HARDWARE', 'parameters', 'optimizer_steps', 'sequences_seen', 'mean_tokens',
-           'linear_weights', 'scan_flops', 'training_flops', 'activation_bytes', 'memory_parts', 'Hardware', 'cpu_peak',
-           'find_hardware', 'run_hours', 'Plan', 'plan']
+           'linear_weights', 'scan_flops', 'training_flops', 'activation_bytes', 'batch_tokens', 'memory_parts',
+           'fitting_batch', 'Hardware', 'cpu_peak', 'find_hardware', 'run_hours', 'step_seconds', 'Plan', 'plan']
 
 # %% ../nbs/09a_plan.ipynb #fe9ac6fc
 import math, time
@@ -78,7 +78,7 @@ def training_flops(
     "FLOPs of forward and backward over so many tokens."
     return (6 * linear_weights(recipe) + 3 * scan_flops(recipe)) * tokens
 
-# %% ../nbs/09a_plan.ipynb #80cd2d24
+# %% ../nbs/09a_plan.ipynb #f2654eb4
 def activation_bytes(
     recipe: Recipe,
     kernels: bool = True,  # whether the fused CUDA kernels run
@@ -86,25 +86,51 @@ def activation_bytes(
     "What the backward pass keeps of one token."
     inner, width = recipe.expand * recipe.d_model, 2 if recipe.precision == "bf16" else 4
     projected = 2 * inner + 2 * recipe.groups * recipe.state + inner // recipe.head_dim
-    kept = recipe.layers * (4 * recipe.d_model + width * (recipe.d_model + projected + inner))
-    return kept if kernels else 2 * kept
+    layer = (4 * recipe.d_model + width * (recipe.d_model + projected + inner)) * (1 if kernels else 2)
+    return layer + 4 * recipe.d_model * recipe.layers if recipe.gradient_checkpointing else layer * recipe.layers
 
-# %% ../nbs/09a_plan.ipynb #e1f09499
+def batch_tokens(recipe: Recipe) -> int:
+    "Tokens of one forward pass."
+    return recipe.device_batch * recipe.max_tokens if isinstance(recipe.device_batch, int) else recipe.micro_batch_tokens
+
+# %% ../nbs/09a_plan.ipynb #d86e13d8
 def memory_parts(
     recipe: Recipe,
     kernels: bool = True,      # whether the fused CUDA kernels run
     logits_tokens: int = 512,  # positions whose logits exist at once
+    devices: int = 1,          # over which sharding="full" spreads
 ) -> dict[str, float]:         # part -> GB of 10⁹ bytes, on each device
     "Memory of training at its peak, part by part."
-    count = parameters(recipe)["total"]
+    counts, tokens, sharded = parameters(recipe), batch_tokens(recipe), recipe.sharding == "full" and devices > 1
+    count = counts["total"] / (devices if sharded else 1)
     parts = {"weights (fp32)": 4 * count, "gradients (fp32)": 4 * count, "AdamW moments (fp32)": 8 * count,
              "moving average (fp32)": 4 * count}
+    layer = (counts["total"] - counts["embedding"]) / recipe.layers
+    if sharded: parts["gathered layers and their gradients (fp32)"] = 4 * (3 * layer + 2 * counts["embedding"])
     if recipe.precision == "bf16": parts["bf16 copies of the matrices"] = 2 * linear_weights(recipe)
-    parts["activations"] = activation_bytes(recipe, kernels) * recipe.micro_batch_tokens
-    parts["logits of one chunk"] = 10 * recipe.vocabulary * min(logits_tokens, recipe.micro_batch_tokens)
+    parts["activations"] = activation_bytes(recipe, kernels) * tokens
+    parts["logits of one chunk"] = 10 * recipe.vocabulary * min(logits_tokens, tokens)
     return {name: size / 1e9 for name, size in parts.items()}
 
-# %% ../nbs/09a_plan.ipynb #b46f7b12
+# %% ../nbs/09a_plan.ipynb #58829d28
+def fitting_batch(
+    recipe: Recipe,
+    memory_gb: float,      # of each device, GB of 10⁹ bytes
+    kernels: bool = True,  # whether the fused CUDA kernels run
+    devices: int = 1,      # that share every step
+) -> int:                  # sequences of max_tokens in one forward pass
+    "The largest micro-batch that fits the memory of a device."
+    one = replace(recipe, device_batch=1)
+    parts = memory_parts(one, kernels, devices=devices)
+    room = 0.9 * memory_gb - sum(parts.values()) + parts["activations"]
+    fits = math.floor(room / parts["activations"])
+    if fits < 1:
+        more = "" if recipe.gradient_checkpointing else "gradient_checkpointing=True, "
+        raise UserError(f"device_batch='auto': one sequence of {recipe.max_tokens:,} tokens at scale {recipe.scale} takes about {sum(parts.values()):.1f} GB and "
+                        f"{0.9 * memory_gb:.1f} of {memory_gb:.1f} GB may be used; {more}sharding='full' over more devices or a smaller scale is accepted")
+    return min(fits, math.ceil(recipe.sequences_per_step / devices))
+
+# %% ../nbs/09a_plan.ipynb #7f1b3c7f
 @dataclass(frozen=True)
 class Hardware:
     "One device: its memory and its peak speed, where known."
@@ -113,15 +139,16 @@ class Hardware:
     peak_tflops_bf16: float | None  # dense matrix products, 10¹² FLOPs a second; None: unknown, no hours
     kernels: bool = True            # whether the fused CUDA kernels run there
     peak_tflops_fp32: float | None = None  # the same in fp32
+    driver_name: str | None = None  # part of the name that the card's driver gives
 
-# %% ../nbs/09a_plan.ipynb #910fe86d
+# %% ../nbs/09a_plan.ipynb #91d6c448
 HARDWARE: dict[str, Hardware] = {
-    "h100": Hardware("H100 80 GB", 80, 989.4),             # the authors' card (Table A1)
-    "24gb": Hardware("24 GB card (RTX 4090)", 24, 165.2),
-    "16gb": Hardware("16 GB card (RTX 4080)", 16, 97.5),
+    "h100": Hardware("H100 80 GB", 80, 989.4, driver_name="H100 80GB HBM3"),   # the authors' card (Table A1)
+    "24gb": Hardware("24 GB card (RTX 4090)", 24, 165.2, driver_name="RTX 4090"),
+    "16gb": Hardware("16 GB card (RTX 4080)", 16, 97.5, driver_name="RTX 4080"),
     "cpu": Hardware("CPU", None, None, kernels=False)}
 
-# %% ../nbs/09a_plan.ipynb #9f8dcd9b
+# %% ../nbs/09a_plan.ipynb #a1d3ab60
 def cpu_peak(
     size: int = 1024,  # rows and columns of the matrices
     repeats: int = 5,
@@ -133,7 +160,7 @@ def cpu_peak(
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times) / 1e12
 
-# %% ../nbs/09a_plan.ipynb #d03cfacf
+# %% ../nbs/09a_plan.ipynb #dd54d5e8
 def find_hardware(
     hardware: Hardware | str | None,  # a device, a key of `HARDWARE`, or None
     recipe: Recipe,
@@ -146,7 +173,7 @@ def find_hardware(
         raise UserError(f"Hardware {name!r} is unknown; {', '.join(HARDWARE)} or a Hardware(name, memory_gb, peak_tflops_bf16) is accepted.")
     return HARDWARE[name]
 
-# %% ../nbs/09a_plan.ipynb #01ca146d
+# %% ../nbs/09a_plan.ipynb #d916d304
 def run_hours(
     flops: float,
     recipe: Recipe,
@@ -159,7 +186,26 @@ def run_hours(
     if peak is None: return None
     return flops / (peak * 1e12 * utilization * devices) / 3600
 
-# %% ../nbs/09a_plan.ipynb #314bfb06
+# %% ../nbs/09a_plan.ipynb #1ae085b1
+def step_seconds(
+    recipe: Recipe,
+    hardware: Hardware,
+    devices: int,
+    utilization: float = 0.30,     # share of the peak that a device reaches while it computes; an assumption
+    inside_gb: float = 450.0,      # GB a second and device among the devices of one machine; an assumption
+    between_gb: float = 50.0,      # the same between machines; an assumption
+    per_machine: int = 8,          # devices in one machine
+) -> dict[str, float]:             # devices_with_work, tokens (of each), compute, exchange (seconds)
+    "What one optimizer step takes when so many devices share it, computing and exchanging one after the other."
+    busy = min(devices, recipe.sequences_per_step)
+    tokens = recipe.sequences_per_step * mean_tokens(recipe) / busy
+    peak = (hardware.peak_tflops_bf16 if recipe.precision == "bf16" else hardware.peak_tflops_fp32) * 1e12 * utilization
+    passes = 3 * math.ceil(tokens / batch_tokens(recipe)) if recipe.sharding == "full" else 2
+    sent = passes * 4 * parameters(recipe)["total"] * (devices - 1) / devices
+    bandwidth = (inside_gb if devices <= per_machine else between_gb) * 1e9
+    return {"devices with work": busy, "tokens of each": round(tokens), "compute": training_flops(recipe, tokens) / peak, "exchange": sent / bandwidth}
+
+# %% ../nbs/09a_plan.ipynb #327c5cb9
 def _average_warning(recipe: Recipe) -> list[str]:
     "Says how much of the exported average would still be the base model, if that is over 5 %."
     steps = optimizer_steps(recipe)
@@ -168,10 +214,10 @@ def _average_warning(recipe: Recipe) -> list[str]:
     return [f"After {steps:,} steps the moving average (decay {decay:g}) would still be {decay**steps:.0%} base model; "
             f"ema_decay={max(0.0, 1 - 6 / steps):.4g} keeps the paper's ratio of memory to run."]
 
-# %% ../nbs/09a_plan.ipynb #17903467
-def _memory_warning(recipe: Recipe, hardware: Hardware) -> list[str]:
+# %% ../nbs/09a_plan.ipynb #518f444f
+def _memory_warning(recipe: Recipe, hardware: Hardware, devices: int = 1) -> list[str]:
     "Says what does not fit, and what would."
-    parts = memory_parts(recipe, hardware.kernels)
+    parts = memory_parts(recipe, hardware.kernels, devices=devices)
     total, room = sum(parts.values()), hardware.memory_gb
     if room is None or total <= room: return []
     states = total - parts["activations"]
@@ -180,14 +226,14 @@ def _memory_warning(recipe: Recipe, hardware: Hardware) -> list[str]:
     if fits >= recipe.max_tokens: return [begin + f"micro_batch_tokens={fits // 256 * 256} or less would fit."]
     return [begin + f"without any activations it is still {states:.0f} GB, which must be shared among several devices."]
 
-# %% ../nbs/09a_plan.ipynb #baa8e99c
+# %% ../nbs/09a_plan.ipynb #b992562f
 def _tokens_warning(recipe: Recipe, given: dict | None) -> list[str]:
     "Says that the default tokens per document were counted with another tokenizer."
     if recipe.vocabulary == published("130m")["vocabulary"] or set(recipe.mixture) <= set(given or {}): return []
     return [f"Tokens per document were counted with the GPT-NeoX tokenizer; the recipe's vocabulary of {recipe.vocabulary:,} "
             "cuts the same text into more tokens. A built corpus knows its own count."]
 
-# %% ../nbs/09a_plan.ipynb #2785702f
+# %% ../nbs/09a_plan.ipynb #fad58751
 @dataclass(frozen=True)
 class Plan:
     "What a run will take, and what to beware of."
@@ -214,7 +260,7 @@ class Plan:
     def _repr_html_(self) -> str: return _table(self)._repr_html_() + _warnings(self, "<p><b>Warning</b> ")
     def __str__(self) -> str: return _text(self)
 
-# %% ../nbs/09a_plan.ipynb #4bf298e5
+# %% ../nbs/09a_plan.ipynb #edb1d419
 def _amount(number: float) -> str:  # 186 million, 2.4e19
     "A large number in three digits."
     if number >= 1e15: return f"{number:.2e}".replace("e+", "e")
@@ -222,19 +268,19 @@ def _amount(number: float) -> str:  # 186 million, 2.4e19
         if number >= size: return f"{number / size:.3g} {name}"
     return f"{number:,.0f}"
 
-# %% ../nbs/09a_plan.ipynb #ecf896ba
+# %% ../nbs/09a_plan.ipynb #cb229db0
 def _duration(hours: float | None) -> str:
     "Hours as text; minutes below one hour."
     if hours is None: return "unknown"
     if hours < 1 / 60: return "under a minute"
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
 
-# %% ../nbs/09a_plan.ipynb #6f8d7b9d
+# %% ../nbs/09a_plan.ipynb #5f0b8fa1
 def _size(gb: float) -> str:  # of 10⁹ bytes
     "Memory as text; megabytes below one gigabyte."
     return f"{1000 * gb:,.0f} MB" if gb < 1 else f"{gb:.1f} GB"
 
-# %% ../nbs/09a_plan.ipynb #a2c19384
+# %% ../nbs/09a_plan.ipynb #cfb4f2e4
 def _table(plan: Plan) -> Table:
     "A plan as a table of three columns: the quantity, without padding, padded as published."
     same = lambda name, value: (name, value, value)
@@ -247,15 +293,15 @@ def _table(plan: Plan) -> Table:
          (f"time on {speed}", _duration(plan.hours), _duration(plan.hours_padded)),
          *((f"memory: {part}", _size(gb), "") for part, gb in plan.memory.items()),
          ("memory in all", _size(plan.memory_gb), "")), source=plan.origin,
-        note=f"Memory is per device, for micro-batches of {plan.recipe.micro_batch_tokens:,} tokens "
+        note=f"Memory is per device, for micro-batches of {batch_tokens(plan.recipe):,} tokens "
              + ("with the fused kernels" if plan.hardware.kernels else "without the fused kernels"))
 
-# %% ../nbs/09a_plan.ipynb #5b5d323e
+# %% ../nbs/09a_plan.ipynb #c652c8e7
 def _warnings(plan: Plan, lead: str) -> str:
     "All warnings, each after `lead`."
     return "".join(lead + warning for warning in plan.warnings)
 
-# %% ../nbs/09a_plan.ipynb #716b243b
+# %% ../nbs/09a_plan.ipynb #c2275d90
 def _text(plan: Plan) -> str:
     "A plan as aligned text."
     table = _table(plan)
@@ -264,13 +310,13 @@ def _text(plan: Plan) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([table.title, "", *lines, "", table.source + ".", table.note + "."]) + _warnings(plan, "\nWarning: ")
 
-# %% ../nbs/09a_plan.ipynb #6856224e
+# %% ../nbs/09a_plan.ipynb #93a766e3
 def _check_machine(devices: int, utilization: float) -> None:
     "Refuse a share of the peak outside (0, 1] and a count of devices below one."
     if not 0 < utilization <= 1: raise UserError(f"utilization={utilization}; a share of the peak above 0 and up to 1 is accepted.")
     if not isinstance(devices, int) or devices < 1: raise UserError(f"devices={devices!r}; a whole number from 1 is accepted.")
 
-# %% ../nbs/09a_plan.ipynb #178a42e5
+# %% ../nbs/09a_plan.ipynb #2316ac4f
 def plan(
     recipe: Recipe,
     hardware: Hardware | str | None = None,               # a device or a key of `HARDWARE`; None: see `find_hardware`
@@ -285,8 +331,8 @@ def plan(
     tokens, padded = round(seen * mean_tokens(recipe, tokens_per_document)), seen * recipe.max_tokens
     flops, flops_padded = training_flops(recipe, tokens), training_flops(recipe, padded)
     hours = [run_hours(f, recipe, machine, utilization, devices) for f in (flops, flops_padded)]
-    warnings = (_average_warning(recipe) + _memory_warning(recipe, machine) + _tokens_warning(recipe, tokens_per_document))
+    warnings = (_average_warning(recipe) + _memory_warning(recipe, machine, devices) + _tokens_warning(recipe, tokens_per_document))
     given = set(recipe.mixture) <= set(tokens_per_document or {})
     return Plan(recipe, machine, devices, utilization, parameters(recipe)["total"], optimizer_steps(recipe), seen, tokens, padded,
-                flops, flops_padded, memory_parts(recipe, machine.kernels), *hours, tuple(warnings),
+                flops, flops_padded, memory_parts(recipe, machine.kernels, devices=devices), *hours, tuple(warnings),
                 "Tokens per document as given" if given else TOKENS_ORIGIN)

@@ -6,10 +6,11 @@
 __all__ = ['MIB', 'LONGEST', 'MAGIC', 'OPENERS', 'TEXTS', 'IDS', 'FACTS', 'FORMAT', 'ACCEPTED', 'Document', 'Skip', 'BrokenFile',
            'ReadReport', 'unzip', 'unzstd', 'plain', 'chunks', 'lines', 'find_columns', 'stable_hash', 'make_id',
            'is_unicode', 'make_document', 'parse_json', 'jsonl_items', 'parquet_items', 'rows', 'text_items',
-           'format_of', 'all_files', 'data_files', 'file_hashes', 'read_items', 'read_file', 'reasons', 'check_share']
+           'format_of', 'unreadable', 'is_there', 'all_files', 'data_files', 'file_hashes', 'read_items', 'read_file',
+           'reasons', 'check_share', 'check_request', 'without_titles']
 
-# %% ../nbs/02a_records.ipynb #38edf62c
-import hashlib, json, re, zlib
+# %% ../nbs/02a_records.ipynb #0ef3ea0a
+import hashlib, json, os, re, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -206,7 +207,7 @@ def is_unicode(
     except UnicodeEncodeError: return False
     return True
 
-# %% ../nbs/02a_records.ipynb #960e09d4
+# %% ../nbs/02a_records.ipynb #d09887c3
 def make_document(
     record: dict,                # column → value
     source: str,
@@ -224,6 +225,7 @@ def make_document(
     if not is_unicode(content): return Skip("no valid Unicode")
     name = make_id(record[found[1]] if found[1] else None, content)
     facts = {key: record[key] for key in FACTS if isinstance(record.get(key), str | int)}
+    if len(values) > 1 and not (values[-1] or "").strip(): facts["abstract"] = False
     return name if isinstance(name, Skip) else Document(name, content, source, facts)
 
 # %% ../nbs/02a_records.ipynb #b5029155
@@ -305,38 +307,63 @@ def format_of(
     kind = found and (found[1] or found[2]).lower()
     return "jsonl" if kind in ("json", "ndjson") else kind
 
-# %% ../nbs/02a_records.ipynb #725fdbe9
+# %% ../nbs/02a_records.ipynb #723b3138
+def unreadable(
+    path: Path,
+    error: OSError,
+) -> UserError:
+    "The sentence for what the operating system refuses."
+    return UserError(f"{path} cannot be read ({error.strerror or error}); a file or folder that exists and that you may read is accepted")
+
+def is_there(
+    path: Path,
+) -> bool:
+    "Does it exist? `UserError` where that may not be known."
+    try: path.stat()
+    except (FileNotFoundError, NotADirectoryError): return False
+    except OSError as error: raise unreadable(path, error) from None
+    return True
+
+# %% ../nbs/02a_records.ipynb #abe7e726
 def all_files(
     path: Path,  # a file or a folder
 ) -> dict[str, Path]:  # relative name → file, sorted
     "Every file that is not hidden."
+    def refuse(error): raise unreadable(error.filename, error) from None
+    def leads_back(link): return link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve())
     if path.is_file(): return {path.name: path}
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    return {name: path / name for name in names if not any(part.startswith(".") for part in name.split("/"))}
+    found = []
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(Path(folder, name))]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    try: return {name: path / name for name in sorted(p.relative_to(path).as_posix() for p in found if p.is_file() or not p.exists())}
+    except OSError as error: raise unreadable(error.filename, error) from None
 
-# %% ../nbs/02a_records.ipynb #5940e699
+# %% ../nbs/02a_records.ipynb #ea34b028
 def data_files(
     path: Path,         # a file or a folder
     report: ReadReport, # learns which files are ignored
 ) -> dict[str, Path]:  # relative name → file, sorted
     "The files that can be read; `UserError` where there are none."
-    if not path.exists(): raise UserError(f"{path} does not exist; a file or folder of {ACCEPTED} is accepted")
+    if not is_there(path): raise UserError(f"{path} does not exist; a file or folder of {ACCEPTED} is accepted")
     files = all_files(path)
     report.ignored = [name for name in files if format_of(name) is None]
     known = {name: file for name, file in files.items() if format_of(name)}
     if not known: raise UserError(f"{path} holds no file of a known format{f' (only {report.ignored[0]} and the like)' if files else ''}; {ACCEPTED} are accepted")
     return known
 
-# %% ../nbs/02a_records.ipynb #2db2d49e
+# %% ../nbs/02a_records.ipynb #45658802
 def file_hashes(
     folder: str | Path,  # a folder, or one file
 ) -> dict[str, str]:  # relative name → SHA-256, sorted by name
     "The SHA-256 of every file in a folder that is not hidden."
     def digest(path):
-        with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error: raise unreadable(path, error) from None
     return {name: digest(path) for name, path in all_files(Path(folder)).items()}
 
-# %% ../nbs/02a_records.ipynb #9972104b
+# %% ../nbs/02a_records.ipynb #830d5ce2
 def read_items(
     files: Iterable[tuple[str, Iterable]],  # name of each file, its items
     what: str,                              # the whole, for messages: a folder, a hub name
@@ -357,7 +384,7 @@ def read_items(
     if not report.read and not after:
         raise UserError(f"{what} holds no document: {report.present} records in {len(report.counts)} files{reasons(report)}")
 
-# %% ../nbs/02a_records.ipynb #6128f812
+# %% ../nbs/02a_records.ipynb #3a096427
 def read_file(
     name: str,
     items: Iterable[tuple[int, Document | Skip]],
@@ -377,7 +404,7 @@ def read_file(
     if count.total() and count.total() == report.corrupt - corrupt:
         raise UserError(f"{name} is of another format or has other columns: none of its {count.total():,} records could be read{reasons(report)}")
 
-# %% ../nbs/02a_records.ipynb #83d01cd5
+# %% ../nbs/02a_records.ipynb #2d6d5b46
 def reasons(
     report: ReadReport,
 ) -> str:  # " (3 × no JSON, …)", or nothing
@@ -385,7 +412,7 @@ def reasons(
     named = ", ".join(f"{n:,} × {why}" for why, n in report.skipped.most_common(3))
     return f" ({named})" if named else ""
 
-# %% ../nbs/02a_records.ipynb #c60d3e16
+# %% ../nbs/02a_records.ipynb #8001a1cb
 def check_share(
     report: ReadReport,
     max_bad: float,  # share of the records present
@@ -396,3 +423,23 @@ def check_share(
     file, position, why = report.problems[-1]
     raise UserError(f"{report.corrupt:,} of {report.present:,} records are corrupt, more than max_bad={max_bad:g} allows; "
                     f"the last is in {file} at {position:,}: {why}")
+
+# %% ../nbs/02a_records.ipynb #8f8901c3
+def check_request(
+    names: Iterable[str],            # of the files
+    max_bad: float,
+    after: tuple[str, int] | None,
+) -> None:
+    "`UserError` where a reader is asked for what it cannot do."
+    if not 0 <= max_bad <= 1: raise UserError(f"max_bad={max_bad!r}; a share from 0 to 1 is accepted")
+    names = list(names)
+    if after is not None and after[0] not in names: raise UserError(f"after={after!r} names no file that is read; a position in {', '.join(names[:5])} is accepted")
+
+# %% ../nbs/02a_records.ipynb #6d655435
+def without_titles(
+    items: Iterable[tuple[int, Document | Skip]],
+) -> Iterator[tuple[int, Document | Skip]]:
+    "The same records, those with nothing but a title left out."
+    for position, item in items:
+        bare = isinstance(item, Document) and item.meta.get("abstract") is False
+        yield position, Skip("a title without abstract", corrupt=False) if bare else item

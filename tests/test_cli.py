@@ -1,4 +1,5 @@
-"The command: a run with its table, the same again at once, and one sentence for a mistake."
+"The command: a run with its table, the same again at once, functions as verbs, and one sentence for a mistake."
+import ast
 import json
 import subprocess
 import sys
@@ -74,3 +75,124 @@ def test_a_plan_is_printed_for_every_scale():
 def test_an_unknown_option_is_refused():
     done = biomamba("cpt", "--lerning-rate", "1")
     assert done.returncode == 2 and "unrecognized arguments" in done.stderr
+
+
+# ---------------------------------------------------------------- verbs that are functions
+
+@pytest.fixture(scope="module")
+def state_spaces(tmp_path_factory) -> Path:
+    "A small checkpoint in mamba-ssm's format."
+    import torch
+
+    from biomamba.checkpoints import config_to_state_spaces, to_state_spaces
+    from biomamba.mamba2 import mamba2_config, new_model
+    from biomamba.runs import recipe
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    folder.mkdir()
+    model = new_model(mamba2_config(recipe("tiny", d_model=64, layers=2, vocabulary=304)), 0)
+    (folder / "config.json").write_text(json.dumps(config_to_state_spaces(model.config)))
+    torch.save(to_state_spaces(model.state_dict()), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_a_round_trip_keeps_the_bytes_of_every_tensor(state_spaces, tmp_path):
+    import torch
+    there = biomamba("convert", state_spaces, tmp_path / "hf", "--to", "hf", "--probe")
+    assert there.returncode == 0 and there.stdout == f"{tmp_path / 'hf'}\n", there.stderr
+    assert "biomamba: probe: source and copy differ by" in there.stderr and "not installed" not in there.stderr
+    back = biomamba("convert", tmp_path / "hf", tmp_path / "back", "--to", "state-spaces")
+    assert back.returncode == 0 and back.stderr == "", back.stderr
+    one, other = (torch.load(folder / "pytorch_model.bin", weights_only=True) for folder in (state_spaces, tmp_path / "back"))
+    raw = lambda tensors: {k: (v.shape, v.dtype, v.numpy().tobytes()) for k, v in tensors.items()}
+    assert raw(one) == raw(other) and len(one) == 2 * 9 + 3
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((state_spaces / "config.json").read_text())
+
+
+@pytest.mark.parametrize("arguments,part", [(["{}/none", "{}/new"], "there is no folder"), (["{}", "{}/new"], "no config.json"), (["{0}/small", "{0}/small"], "exists already"),
+                                            (["{}/small", "{}/new", "--to", "gguf"], "it must be hf or state-spaces")])
+def test_a_conversion_that_cannot_be_is_one_sentence(state_spaces, arguments, part, capsys):
+    from biomamba.cli import main
+    assert main(["convert", *(a.format(state_spaces.parent) for a in arguments)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.strip().splitlines()) == 1
+    assert shown.err.startswith("biomamba: ") and part in shown.err
+    assert sorted(p.name for p in state_spaces.parent.iterdir()) == ["small"]
+
+
+def test_a_refused_conversion_exits_with_1(state_spaces):
+    done = biomamba("convert", state_spaces, state_spaces)
+    assert done.returncode == 1 and done.stdout == "" and "exists already" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_read_from_the_function_and_imports_nothing():
+    done = biomamba("convert", "--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("SOURCE DESTINATION", "--to TO", "--revision", "--probe", "--shard", "a new folder", "(default hf)", "bit for bit"))
+    source = "import sys; from biomamba.cli import parse; parse(['convert', 'a', 'b', '--shard', '9']); print({'torch', 'transformers', 'fastcore', 'papermill'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_wrong_number_of_folders_is_refused():
+    for arguments in (["convert"], ["convert", "a"], ["convert", "a", "b", "c"], ["convert", "a", "b", "--shard", "many"]):
+        done = biomamba(*arguments)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("biomamba")
+
+
+SOURCE = '''
+def verb(
+    first: str | os.PathLike,   # 100 % of it
+    many: list[str],  # some words
+    number: int = 3,      # a # inside
+    share: float | None = None,
+    sure: bool = True,    # be sure
+    model: "torch.nn.Module" = None,
+    *,
+    key: str,             # needed, by name
+    label_name: str = "it's",
+) -> None:
+    "Do it."
+'''
+
+
+def test_docments_become_options():
+    import argparse
+
+    from biomamba.cli import add_options, signature_of
+    about, options = signature_of(SOURCE, "verb")
+    assert about == "Do it." and [o.name for o in options] == ["first", "many", "number", "share", "sure", "key", "label_name"]
+    assert [o.about for o in options] == ["100 % of it", "some words", "a # inside", "", "be sure", "needed, by name", ""]
+    parser = argparse.ArgumentParser()
+    add_options(parser, options)
+    read = lambda *arguments: {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    assert read("x", "y", "z", "--key", "k") == {"first": "x", "many": ["y", "z"], "key": "k"}
+    assert read("x", "y", "--key", "k", "--no-sure", "--number", "4", "--share", "0.5", "--label-name", "n") == {
+        "first": "x", "many": ["y"], "key": "k", "sure": False, "number": 4, "share": 0.5, "label_name": "n"}
+    assert "100 % of it" in parser.format_help() and "(default 3)" in parser.format_help()
+    with pytest.raises(SystemExit): read("x", "y")
+
+
+def test_a_parameter_that_no_text_can_be_needs_a_default():
+    from biomamba.cli import signature_of
+    with pytest.raises(AssertionError, match="verb needs model"): signature_of("def verb(model: Model): 'Do.'", "verb")
+
+
+def test_every_verb_names_a_function_with_a_word_on_each_parameter():
+    from biomamba.cli import FUNCTIONS, VERBS, options_of
+    assert "convert" in FUNCTIONS and not set(FUNCTIONS) & set(VERBS)
+    for function in FUNCTIONS.values():
+        about, options = options_of(function)
+        assert about and options and all(len(o.about) > 3 for o in options), function
+        assert all(o.default is None or ast.parse(o.default) for o in options)
+
+
+def test_what_a_function_returns_is_printed(capsys, monkeypatch):
+    import types
+
+    from biomamba.cli import run_function
+    room = types.ModuleType("biomamba.room")
+    room.text, room.nothing, room.pieces, room.bad = lambda: 3, lambda: None, lambda: iter("abc"), lambda: 1 / 0
+    monkeypatch.setitem(sys.modules, "biomamba.room", room)
+    for name, printed in {"text": "3\n", "nothing": "", "pieces": "abc"}.items():
+        run_function(f"biomamba.room.{name}", {})
+        assert capsys.readouterr().out == printed
+    with pytest.raises(ZeroDivisionError): run_function("biomamba.room.bad", {})

@@ -1,5 +1,5 @@
 """Readers: what goes in comes out or is counted; what is broken ends in one sentence; real files give real counts."""
-import bz2, gzip, io, json, os, re, subprocess, sys
+import bz2, contextlib, functools, gzip, io, json, os, re, subprocess, sys, tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -157,13 +157,97 @@ def test_a_cut_file_says_what_was_read(tmp_path):
 def test_missing_and_empty_folders(tmp_path):
     assert "does not exist" in refusal(lambda: read_documents(tmp_path / "nowhere", "s"))
     assert "no file of a known format" in refusal(lambda: read_documents(tmp_path, "s"))
-    assert "max_bad=2" in refusal(lambda: read_documents(tmp_path, "s", max_bad=2))
+    assert "max_bad=2" in refusal(lambda: read_documents(write(tmp_path / "a.jsonl", "{}"), "s", max_bad=2))
     with pytest.raises(UserError): read_documents(tmp_path / "nowhere", "s")  # at the call, not at the first document
 
 
 def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
     assert "a.jsonl cannot be read" in refusal(lambda: read_documents(tmp_path, "s"))
+
+
+@contextlib.contextmanager
+def without_rights(folder):
+    "As a user who is not root; the folder is one that such a user may enter."
+    folder.chmod(0o755)
+    if os.geteuid(): yield; return
+    os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["a.jsonl", "sub", "sub/b.jsonl", ""])
+def test_what_may_not_be_read_is_named_in_one_sentence(closed):
+    calls = {"documents": lambda f: read_documents(f, "s"), "hashes": file_hashes, "a file": lambda f: read_documents(f / "sub/b.jsonl", "s"), "questions": lambda f: read_bioasq(f / "sub/b.jsonl"), "notes": lambda f: read_mimic(f)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "texts"
+        for file in ("a.jsonl", "sub/b.jsonl", "sub/discharge.csv"): write(folder / file, '{"text": "x"}\n')
+        os.chmod(folder / closed, 0)
+        said = {}
+        with without_rights(Path(name)):
+            for call, read_it in calls.items():
+                try: list(read_it(folder))
+                except UserError as error: said[call] = str(error)
+        os.chmod(folder / closed, 0o700)
+    touched = {"a.jsonl": {"documents", "hashes"}, "sub": set(calls), "sub/b.jsonl": {"documents", "hashes", "a file", "questions"}, "": set(calls)}[closed]
+    for call in touched: assert "cannot be read (Permission denied)" in said[call] and Path(closed or "texts").name in said[call] and "\n" not in said[call], call
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path / "else/x.jsonl", '{"text": "x"}')
+    write(tmp_path / "texts/sub/y.jsonl", '{"text": "y"}')
+    for link, target in (("texts/sub/here", "../../texts"), ("texts/other", "../else"), ("texts/self", "."), ("texts/z.jsonl", "../else/x.jsonl")): (tmp_path / link).symlink_to(target)
+    assert list(file_hashes(tmp_path / "texts")) == ["other/x.jsonl", "sub/y.jsonl", "z.jsonl"]
+    (tmp_path / "texts/gone.jsonl").symlink_to("nowhere")
+    assert "gone.jsonl cannot be read" in refusal(lambda: read_documents(tmp_path / "texts", "s")) and "gone.jsonl" in refusal(lambda: file_hashes(tmp_path / "texts"))
+
+
+def every_reader(folder):
+    "name → (reader, file) of a small good file of each kind."
+    asked = {"id": "1", "type": "yesno", "body": "Is it?", "exact_answer": "yes", "snippets": [{"text": "S."}]}
+    qa = {str(i): {"QUESTION": "Is it?", "CONTEXTS": ["One."], "final_decision": "yes"} for i in range(1, 4)}
+    lines = write(folder / "lines.jsonl", "".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(3)))
+    return {"lines": (functools.partial(read_documents, lines, "s"), lines), "questions": (functools.partial(read_bioasq, found := write(folder / "b.json", json.dumps({"questions": [asked | {"id": str(i)} for i in range(3)]}))), found),
+            "abstracts": (functools.partial(read_pubmedqa, found := write(folder / "p.json", json.dumps(qa))), found), "notes": (functools.partial(read_mimic, found := write(folder / "discharge.csv", notes_csv([note(i, "n") for i in range(3)]))), found),
+            "hub": (functools.partial(read_hub, "c4", folder=hub_copy(folder / "c4", "c4", rows=3)), Path("allenai/c4 (en) train"))}
+
+
+@pytest.mark.parametrize("name", ["lines", "questions", "abstracts", "notes", "hub"])
+def test_every_reader_resumes_and_refuses_nonsense_at_the_call(tmp_path, name):
+    reader, file = every_reader(tmp_path)[name]
+    report, whole, places = ReadReport(), [], []
+    for document in reader(report=report): whole.append(document); places.append(report.position)
+    assert len(whole) == 3 and {place[0] for place in places} == {str(file) if name == "hub" else file.name}
+    for i, place in enumerate(places): assert list(reader(after=place)) == whole[i + 1:]
+    for options, said in (({"max_bad": 2}, "max_bad=2"), ({"max_bad": -0.1}, "max_bad=-0.1"), ({"after": ("nowhere", 1)}, "'nowhere'")):
+        with pytest.raises(UserError, match=re.escape(said)): reader(**options)
+
+
+def test_a_reading_that_goes_on_counts_every_record_once(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"".join(b"bad\n" if i % 5 == 0 else b'{"text": "t%d"}\n' % i for i in range(100)))
+    report, once = ReadReport(), ReadReport()
+    whole = list(read_documents(path, "s", report=once, max_bad=0.5))
+    stream = read_documents(path, "s", report=report, max_bad=0.5)
+    first = [next(stream).id for _ in range(37)]
+    stream.close()
+    assert first + [d.id for d in read_documents(path, "s", report=report, max_bad=0.5, after=report.position)] == [d.id for d in whole]
+    assert (report.counts, report.problems, report.corrupt) == (once.counts, once.problems, once.corrupt) and report.present == 100
+
+
+def test_progress_shows_documents_and_a_rate(tmp_path, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(records, "progress", functools.partial(records.progress, file=shown, disable=False, delay=0, mininterval=0, miniters=1))
+    list(read_documents(write(tmp_path / "a.jsonl", '{"text": "x"}\n' * 20), "s"))
+    assert "reading a.jsonl" in shown.getvalue() and re.search(r"20 documents \[.*[\d.]+ documents/s\]", shown.getvalue())
+
+
+def test_titles_without_abstract_are_kept_or_left_out_by_choice(tmp_path):
+    write(tmp_path / "a.xml", xml_set(article(1), article(2, abstract="")))
+    write(tmp_path / "b.jsonl", '{"pmid": 3, "title": "T.", "abstract": " "}\n{"pmid": 4, "title": "T.", "abstract": "A."}\n{"pmid": 5, "text": "T."}\n')
+    found, _ = read(tmp_path)
+    assert [(d.id, d.meta.get("abstract")) for d in found] == [("1", True), ("2", False), ("3", False), ("4", None), ("5", None)]
+    kept, report = read(tmp_path, titles=False)
+    assert [d.id for d in kept] == ["1", "4", "5"] and report.skipped == {"a title without abstract": 2} and not report.corrupt and report.present == 5
 
 
 def test_corrupt_records_are_counted_listed_and_limited(tmp_path):
@@ -314,6 +398,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peak_of(f"from biomamba.documents import read_documents\nassert sum(1 for _ in read_documents({str(tmp_path)!r}, 's')) == 30000") < 200
 
 
+@pytest.mark.slow
+@real
+def test_memory_and_rate_on_real_records(tmp_path):
+    pieces = re.findall(rb"<PubmedArticle>.*?</PubmedArticle>", gzip.decompress((DATA / "pubmed/pubmedsample18n0001.xml.gz").read_bytes()), re.DOTALL)
+    with gzip.open(tmp_path / "a.xml.gz", "wb", 6) as file:
+        file.write(b"<PubmedArticleSet>")
+        for i in range(30_000): file.write(re.sub(rb"(<PMID[^>]*>)\d+", rb"\g<1>%d" % (10_000_000 + 1200 * i), pieces[i % len(pieces)], count=1))
+        file.write(b"</PubmedArticleSet>")
+    code = "import time\nfrom biomamba.documents import read_documents\nstart = time.process_time()\nn = sum(1 for _ in read_documents({!r}, 's'))\nassert n == 30000, n\nrate = n / (time.process_time() - start)\nassert rate > 2000, rate"
+    assert peak_of(code.format(str(tmp_path))) <= 200
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
 def test_a_decompression_bomb_costs_no_memory(tmp_path, pack):
     path = write(tmp_path / ("a.jsonl" + (".gz" if pack is gzip.compress else ".zst")), pack(bytes(1 << 29)))
@@ -326,15 +422,15 @@ def test_a_decompression_bomb_costs_no_memory(tmp_path, pack):
 CARD = "---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {path}\n---\n"
 
 
-def hub_copy(folder, key):
-    "A local copy of a public dataset, one or two invented rows."
+def hub_copy(folder, key, rows=1):
+    "A local copy of a public dataset, an invented row or several times the same."
     config, path = {"pubmed": ("default", "chunk/*.jsonl"), "pubmed-medline": ("default", "data/train-*"), "c4": ("en", "en/c4-train.*.json.gz"),
                     "wikipedia": ("20231101.en", "20231101.en/train-*"), "pubmedqa": ("pqa_labeled", "pqa_labeled/train-*")}[key]
     write(folder / "README.md", CARD.format(config=config, path=path))
     if key == "pubmed":
         row = {"id": "pubmed23n0001_0", "title": "T.", "content": "Abstract.", "contents": "T. Abstract.", "PMID": 21}
-        write(folder / "chunk/pubmed23n0001.jsonl", json.dumps(row) + "\n")
-    elif key == "c4": write(folder / "en/c4-train.00000-of-01024.json.gz", gzip.compress(json.dumps({"text": "Web page.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://e.org/a"}).encode() + b"\n"))
+        write(folder / "chunk/pubmed23n0001.jsonl", (json.dumps(row) + "\n") * rows)
+    elif key == "c4": write(folder / "en/c4-train.00000-of-01024.json.gz", gzip.compress((json.dumps({"text": "Web page.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://e.org/a"}) + "\n").encode() * rows))
     else:
         tables = {"pubmed-medline": ("data", {"id": ["1"], "pubmed_id": ["22"], "title": ["T."], "authors": ["A B"], "journal": ["J"], "content": ["Abstract."],
                                               "source_url": ["https://e.org"], "publication_types": ["Review"]}),
@@ -358,6 +454,22 @@ def test_public_datasets_in_their_own_schema(tmp_path, key, id, text):
     else: assert found.meta["question"] == "Is it?" and found.meta["answer"] == "yes"
 
 
+@pytest.mark.parametrize("key, columns, id, text", [
+    ("pubmed", {"id": ["pubmed23n0001_0"], "title": ["T."], "content": ["Abstract."], "contents": ["T. Abstract."], "PMID": pa.array([21], pa.int64())}, "21", "T.\nAbstract."),
+    ("c4", {"text": ["Web page."], "timestamp": ["2019-04-25T12:57:54Z"], "url": ["https://e.org/a"]}, records.stable_hash("https://e.org/a"), "Web page."),
+    ("pubmed-medline", {"id": ["1"], "pubmed_id": ["22"], "title": ["T."], "authors": ["A B"], "journal": ["J"], "content": [""], "source_url": ["https://e.org"], "publication_types": ["Review"]}, "22", "T."),
+])
+def test_public_datasets_as_parquet(tmp_path, key, columns, id, text):
+    config = documents.HUB[key].config or "default"
+    write(tmp_path / "README.md", CARD.format(config=config, path="data/train-*"))
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data/train-00000-of-00001.parquet")
+    found, = read_hub(key, folder=tmp_path)
+    local, = read_documents(tmp_path / "data", documents.HUB[key].source)
+    assert (found.id, found.text) == (id, text) == (local.id, local.text)
+    if text == "T.": assert found.meta["abstract"] is False and "1 × a title without abstract" in refusal(lambda: read_hub(key, folder=tmp_path, titles=False))
+
+
 def test_a_public_dataset_goes_on_behind_a_position(tmp_path):
     copy = hub_copy(tmp_path, "wikipedia")
     pq.write_table(pa.table({"id": list("abcd"), "text": ["1", "2", "3", "4"]}), copy / "20231101.en/train-00000-of-00001.parquet")
@@ -368,12 +480,14 @@ def test_a_public_dataset_goes_on_behind_a_position(tmp_path):
 
 
 def test_an_unreachable_hub_is_one_sentence(tmp_path):
-    code = "from biomamba.documents import read_hub\ntry: read_hub('c4')\nexcept ValueError as error: print(error)"
+    calls = ["read_hub('c4')", "read_hub('pubmed-medline')", "hub_revision('c4', revision='main')"]
+    code = "from biomamba.documents import hub_revision, read_hub\n" + "\n".join(f"try: {call}\nexcept ValueError as error: print(error)" for call in calls)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    message, = done.stdout.splitlines()
-    assert "allenai/c4" in message and "cannot be reached" in message and "local folder" in message
+    messages = done.stdout.splitlines()
+    assert len(messages) == len(calls) and all("cannot be reached" in message and "local folder" in message for message in messages)
+    assert ["allenai/c4" in message for message in messages] == [True, False, True]
 
 
 def test_the_revision_is_pinned_and_can_be_changed(monkeypatch):
@@ -382,10 +496,21 @@ def test_the_revision_is_pinned_and_can_be_changed(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or iter([{"text": "x", "url": "u", "id": "1"}]))
     for key, hub in documents.HUB.items():
         if hub.source in ("c4", "wikipedia"): list(read_hub(key))
-    list(read_hub("c4", revision="abc", split="validation"))
-    assert [options["revision"] for _, options in asked] == [documents.HUB["c4"].revision, documents.HUB["wikipedia"].revision, "abc"]
+    list(read_hub("c4", revision="abc" + "0" * 37, split="validation"))
+    assert [options["revision"] for _, options in asked] == [documents.HUB["c4"].revision, documents.HUB["wikipedia"].revision, "abc" + "0" * 37]
     assert all(options["streaming"] for _, options in asked) and asked[2][1]["split"] == "validation"
     assert all(re.fullmatch("[0-9a-f]{40}", hub.revision) for key, hub in documents.HUB.items() if key != "pubmed-medline")
+
+
+def test_what_is_not_pinned_is_read_at_one_commit_that_can_be_named(monkeypatch):
+    import datasets
+    asked, commit = [], "c" * 40
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config, revision: asked.append((name, revision)) or type("Builder", (), {"hash": commit}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, revision, **options: asked.append((args[0], revision)) or iter([{"title": "T", "content": "C", "pubmed_id": "1"}]))
+    assert documents.hub_revision("pubmed-medline") == commit == documents.hub_revision("c4", revision="main")
+    assert len(list(read_hub("pubmed-medline"))) == 1 and documents.hub_revision("c4") == documents.HUB["c4"].revision
+    name = "cyrilzakka/pubmed-medline"
+    assert asked == [(name, None), ("allenai/c4", "main"), (name, None), (name, commit)], "the stream is opened at the commit that was named"
 
 
 # Questions and notes
@@ -487,9 +612,56 @@ def test_fuzz_packed_files(tmp_path_factory, changes, suffix):
     pq.write_table(pa.table({"text": texts}), buffer, compression="snappy")
     data = {".jsonl.gz": gzip.compress(plain), ".jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress(plain), ".parquet": buffer.getvalue()}[suffix]
     report = ReadReport()
-    try: list(read_documents(write(folder / f"fuzz{suffix}", mutate(data, changes)), "s", report=report, max_bad=1))
+    damaged = mutate(data, changes)
+    try: list(read_documents(write(folder / f"fuzz{suffix}", damaged), "s", report=report, max_bad=1))
     except UserError as error: assert f"fuzz{suffix}" in str(error)
+    else: assert report.present == 50, "a record was lost in silence"
     assert report.read + report.skipped.total() == report.present
+
+
+@FUZZ
+@given(st.lists(st.one_of(st.text(max_size=10).map(str.encode), st.binary(max_size=10)), max_size=4), st.sampled_from(["txt", "txt.gz"]))
+def test_fuzz_text_files(tmp_path_factory, pieces, suffix):
+    folder, data, report = tmp_path_factory.getbasetemp(), b"\n".join(pieces), ReadReport()
+    try: found = list(read_documents(write(folder / f"fuzz.{suffix}", gzip.compress(data) if suffix.endswith("gz") else data), "s", report=report))
+    except UserError as error: assert f"fuzz.{suffix}" in str(error) and report.read == 0
+    else: assert [d.text for d in found] == [data.decode("utf-8-sig").strip()] and report.present == 1
+
+
+cells = st.none() | st.text(max_size=6) | st.sampled_from(["", " ", "https://e.org", "1"])
+
+
+@FUZZ
+@given(st.lists(st.fixed_dictionaries({"id": cells, "url": cells, "title": cells, "text": cells}), min_size=1, max_size=6))
+def test_fuzz_public_rows(tmp_path_factory, rows):
+    folder, report = tmp_path_factory.mktemp("wikipedia"), ReadReport()
+    write(folder / "README.md", CARD.format(config="20231101.en", path="train-*"))
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in rows[0]])), folder / "train-0.parquet")
+    try: found = list(read_hub("wikipedia", folder=folder, report=report, max_bad=1))
+    except UserError as error: assert "holds no document" in str(error); found = []
+    assert report.present == len(rows) and len(found) == sum(bool((row["text"] or "").strip()) for row in rows)
+
+
+@FUZZ
+@given(edits(st.one_of(st.binary(min_size=1, max_size=6), st.sampled_from([b'"', b"{", b"}", b"[", b"]", b",", b":", b"null", b"\\u", b'"21"']))), st.sampled_from(["bioasq", "pubmedqa"]))
+@example([(0.5, "put", b'"22": {"QUESTION": "Is it?", "CONTEXTS": ["One."]}, ')], "pubmedqa")
+def test_fuzz_question_files(tmp_path_factory, changes, kind):
+    asked = {"id": "1", "type": "yesno", "body": "Is it?", "exact_answer": "yes", "snippets": [{"text": "S."}]}
+    entries = {str(i): {"QUESTION": "Is it?", "CONTEXTS": ["One."], "final_decision": "yes"} for i in range(21, 25)}
+    reader, content = (read_bioasq, {"questions": [asked] * 4}) if kind == "bioasq" else (read_pubmedqa, entries)
+    report = ReadReport()
+    path = write(tmp_path_factory.getbasetemp() / "fuzz.json", mutate(json.dumps(content).encode(), changes))
+    try: list(reader(path, report=report, max_bad=1))
+    except UserError as error: assert "fuzz.json" in str(error)
+    else:
+        held = json.loads(path.read_bytes())
+        assert report.present == len(held["questions"] if kind == "bioasq" else held)
+    assert report.read + report.skipped.total() == report.present
+
+
+def test_a_question_that_is_there_twice_is_not_lost_in_silence(tmp_path):
+    one = json.dumps({"QUESTION": "Is it?", "CONTEXTS": ["One."]})
+    assert "'21' stands in one object twice" in refusal(lambda: read_pubmedqa(write(tmp_path / "q.json", '{"21": %s, "21": %s}' % (one, one))))
 
 
 tags = st.one_of(st.binary(min_size=1, max_size=6), st.sampled_from([b"<", b">", b"&", b"</PubmedArticle>", b"<PubmedArticle>", b"</MedlineCitation>", b"<PMID>", b"</PubmedArticleSet>",
@@ -573,6 +745,7 @@ def test_real_medline_equals_a_plain_walk(name, count):
         assert title in squeezed and all(part in squeezed for part in parts)
         assert len(squeezed) <= len(title) + sum(map(len, parts)) + sum(map(len, re.findall(r"^.*?: ", d.text, re.M))) or d.meta.get("book")
         assert 1800 < d.meta["year"] < 2100 and d.meta["language"]
+    if count == 177: assert sum(d.meta["abstract"] for d in found) == len(read(DATA / "pubmed" / name, titles=False)[0]) == 109
     if count == 177: assert {d.meta["language"] for d in found} > {"eng", "fre", "chi"} and {d.meta["abstract"] for d in found} == {True, False}
 
 

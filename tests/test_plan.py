@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from biomamba.paper import SCALES, published
-from biomamba.plan import (HARDWARE, Hardware, activation_bytes, linear_weights, mean_tokens, memory_parts, optimizer_steps,
-                           parameters, plan, sequences_seen, training_flops)
+from biomamba.plan import (HARDWARE, Hardware, activation_bytes, fitting_batch, linear_weights, mean_tokens, memory_parts, optimizer_steps,
+                           parameters, plan, sequences_seen, step_seconds, training_flops)
 from biomamba.runs import UserError, recipe
 
 
@@ -137,3 +137,54 @@ def test_planning_loads_nothing():
     code = ("import sys; from biomamba.plan import plan; from biomamba.runs import recipe; str(plan(recipe('2.7b'))); "
             "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---------------------------------------------------------------- what fits, and how far it scales
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_papers_own_setting_is_predicted_within_a_quarter(scale):
+    tokens = published(scale)["per_device_batch"] * 1024
+    predicted = sum(memory_parts(recipe(scale, micro_batch_tokens=tokens), logits_tokens=tokens).values())
+    assert 0.75 < predicted / published(scale)["peak_memory_gb"] < 1.25
+
+
+def test_recomputed_activations_are_those_that_the_model_keeps():
+    from biomamba.mamba2 import mamba2_config, new_model
+    r, kept = recipe("tiny", gradient_checkpointing=True), {}
+    model = new_model(mamba2_config(r), 0)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+    ids = torch.randint(0, r.vocabulary, (2, 1024), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, seq_idx=torch.zeros_like(ids).int(), targets=ids)
+    measured = sum(size for size, _ in kept.values()) / ids.numel()
+    between_layers = 4 * r.d_model * r.layers           # what stays until the backward pass; one layer more exists while it runs
+    assert between_layers < measured < activation_bytes(r, kernels=False)
+
+
+@pytest.mark.parametrize("scale, memory, fields", [("130m", 16, {}), ("370m", 24, {}), ("780m", 24, {"gradient_checkpointing": True}), ("2.7b", 80, {"sharding": "full"})])
+def test_the_batch_that_fits_is_the_largest(scale, memory, fields):
+    devices = 4 if "sharding" in fields else 1
+    n = fitting_batch(recipe(scale, **fields), memory, devices=devices)
+    need = lambda n: sum(memory_parts(recipe(scale, device_batch=n, **fields), devices=devices).values())
+    most = -(-recipe(scale).sequences_per_step // devices)
+    assert need(n) <= 0.9 * memory and (n == most or need(n + 1) > 0.9 * memory)
+
+
+def test_a_card_too_small_for_one_sequence_is_said_to_be():
+    with pytest.raises(UserError, match="one sequence of 1,024 tokens at scale 2.7b .* gradient_checkpointing=True, sharding='full'"):
+        fitting_batch(recipe("2.7b"), 24)
+
+
+def test_four_cards_hold_the_papers_largest_run_and_more_do_not_help():
+    r = recipe("2.7b", sharding="full", device_batch=6)
+    each, alone = (sum(memory_parts(x, devices=4).values()) for x in (r, recipe("2.7b", device_batch=6)))
+    assert each < 0.6 * alone and each < 0.9 * 80 < alone
+    seconds = {n: sum(step_seconds(r, HARDWARE["h100"], n)[part] for part in ("compute", "exchange")) for n in (4, 8, 64, 1024)}
+    assert seconds[8] < seconds[4] and seconds[64] > 0.9 * seconds[8] and step_seconds(r, HARDWARE["h100"], 1024)["devices with work"] == 192

@@ -1,0 +1,273 @@
+"Corpora on real text, at size, and after meddling."
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from biomamba.building import Report, build
+from biomamba.collection import Collection, build_collection, open_collection
+from biomamba.contamination import EvaluationSet, evaluation_sets
+from biomamba.corpus import MIXTURES, Corpus, Mixture
+from biomamba.duplicates import LEAST, shingles
+from biomamba.records import Document
+from biomamba.runs import UserError, recipe
+from biomamba.sample import sample_documents
+from biomamba.sources import Source, sample_source
+from biomamba.stages import Work
+from biomamba.steps import PARTS, Steps, train_tokenizer, wrap_tokenizer
+from biomamba.storage import batches, read_stream, save_table, tokenize, write_stream
+
+HELD_OUT = ("validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return wrap_tokenizer(train_tokenizer([d.text for d in sample_documents("pubmed", 50)], 600))
+
+
+def listed(shard, scratch, report): return iter(shard)
+
+
+def source(name: str, *shards: list[Document]) -> Source:
+    "A source of documents that are at hand."
+    from functools import partial
+    content = [[(d.id, d.text) for d in shard] for shard in shards]
+    return Source(name, {"content": hashlib.sha256(json.dumps(content).encode()).hexdigest()}, tuple(partial(listed, shard) for shard in shards))
+
+
+def make(folder: Path, sources: dict[str, Source], tokenizer=None, steps=Steps(language=None), against=()) -> Collection:
+    build_collection(Work(folder / "work", sources, steps, False), folder / "corpus", tokenizer, 600, against)
+    return Collection(folder / "corpus")
+
+
+# ---------------------------------------------------------------- what is held out is nowhere else
+
+def leaks(collection: Collection, texts: dict[str, str]) -> list[tuple]:
+    "Pairs of a held-out document and a training one that are the same by id, by text, or nearly: compared one by one, without signatures."
+    sources = list(collection.manifest["sources"])
+    rows = {part: [(s, i) for s in sources for i in collection.documents(part, s).ids] for part in ("train", *HELD_OUT)}
+    sets = {row: set(shingles(texts[row]).tolist()) for part in rows for row in rows[part]}
+    owners = {}
+    for row in rows["train"]:
+        for shingle in sets[row]: owners.setdefault(shingle, []).append(row)
+    found = []
+    for row in (*rows["validation"], *rows["test"]):
+        for other in {other for shingle in sets[row] for other in owners.get(shingle, ())}:
+            similarity = len(sets[row] & sets[other]) / len(sets[row] | sets[other])
+            if row == other or texts[row] == texts[other] or similarity > LEAST + 0.1: found.append((row, other, round(similarity, 2)))
+    return found
+
+
+def test_held_out_documents_are_absent_from_training_on_real_text(data, tmp_path, tokenizer):
+    from biomamba.documents import read_documents
+    from biomamba.language import normalize
+    real = {"pubmed": list(read_documents(data / "pubmed" / "abstracts.jsonl", "pubmed"))[:1_200], "c4": list(read_documents(data / "general" / "c4.jsonl", "c4"))[:300]}
+    clean = make(tmp_path / "clean", {name: source(name, documents) for name, documents in real.items()}, tokenizer)
+    texts = {(name, d.id): normalize(d.text) for name, documents in real.items() for d in documents}
+    assert leaks(clean, texts) == []
+
+    held = {(name, id) for name in real for part in HELD_OUT for id in clean.documents(part, name).ids}
+    originals = [d for d in real["pubmed"] if ("pubmed", d.id) in held and len(d.text.split()) > 200][:60]
+    copies = [Document(f"copy {d.id}", d.text, "c4") for d in originals[:20]]
+    edited = [Document(f"edited {d.id}", d.text.replace(" the ", " a ", 1) + " More.", "c4") for d in originals[20:40]]
+    again = [Document(d.id, d.text + " Again.", "pubmed") for d in originals[40:]]
+    planted = {"pubmed": real["pubmed"] + again, "c4": real["c4"] + copies + edited}
+    texts |= {("c4", d.id): normalize(d.text) for d in copies + edited}
+    kept = make(tmp_path / "planted", {name: source(name, documents) for name, documents in planted.items()}, tokenizer)
+    assert leaks(kept, texts) == []
+    everything = {id for name in planted for part in ("train", *HELD_OUT) for id in kept.documents(part, name).ids}
+    assert not everything & {d.id for d in copies + edited}, "a copy of a document stayed"
+
+    without = make(tmp_path / "without", {name: source(name, documents) for name, documents in planted.items()}, tokenizer, Steps(language=None, jaccard=None))
+    assert len(leaks(without, texts)) >= 10, "this check finds no leak even where near copies are left in"
+
+
+def test_what_stays_of_copies_is_the_first_in_order(tmp_path, tokenizer):
+    first, second = list(sample_documents("pubmed", 60)), list(sample_documents("c4", 60))
+    copies = [dataclasses.replace(d, id=f"copy {d.id}", source="c4") for d in first[:20]]
+    made = make(tmp_path, {"c4": source("c4", copies + second), "pubmed": source("pubmed", first)}, tokenizer)
+    assert {id for part in PARTS[1:] for id in made.documents(part, "pubmed").ids} == {d.id for d in first}
+    assert {row["id"]: row["like"] for row in made.removed("c4").to_pylist()} == {c.id: f"pubmed {d.id}" for c, d in zip(copies, first)}
+
+
+# ---------------------------------------------------------------- the name of a corpus
+
+def test_everything_that_decides_a_corpus_is_in_its_name(tmp_path, tokenizer):
+    small = recipe("tiny", vocabulary=600, mixture={"pubmed": 1.0})
+    documents = list(sample_documents("pubmed", 60))
+    changed = [dataclasses.replace(documents[0], text=documents[0].text + "x"), *documents[1:]]
+    other = wrap_tokenizer(train_tokenizer([d.text for d in documents], 600))
+    sets = [EvaluationSet("exam", [Document("1", " ".join(f"word{i}" for i in range(30)), "exam")])]
+    variants = {
+        "plain": {}, "byte": {"documents": changed}, "steps": {"steps": Steps(min_words=21)}, "near": {"steps": Steps(jaccard=0.9)}, "language": {"steps": Steps(language=None)},
+        "against": {"against": sets}, "tokenizer": {"tokenizer": other}, "order": {"documents": documents[::-1]},
+        "seed": {"recipe": dataclasses.replace(small, seed=1)}, "mixture": {"mixture": Mixture({"pubmed": 1.0}, "tokens")}, "cut": {"recipe": dataclasses.replace(small, max_tokens=64)}}
+
+    def name(documents=documents, recipe=small, tokenizer=tokenizer, mixture=None, **options):
+        return Corpus(open_collection({"pubmed": source("pubmed", documents)}, recipe, tokenizer, **options), recipe, mixture=mixture).fingerprint
+    names = {variant: name(**options) for variant, options in variants.items()}
+    assert len(set(names.values())) == len(variants), names
+    assert name() == names["plain"]
+
+
+@pytest.mark.parametrize("meddle, message", [
+    (lambda folder: (folder / "train/pubmed/data-00000-of-00001.arrow").unlink(), "is missing"),
+    (lambda folder: (folder / "train/pubmed/state.json").write_text("{}"), "bytes and not"),
+    (lambda folder: (folder / "tokenizer/tokenizer.json").write_bytes((folder / "tokenizer/tokenizer.json").read_bytes().replace(b"a", b"b")), "has another content"),
+    (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format": 1}'), "format 1")])
+def test_a_corpus_that_is_not_its_manifests_is_refused(meddle, message, tmp_path, tokenizer):
+    made = make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer)
+    meddle(made.folder)
+    with pytest.raises(UserError, match=message):
+        Collection(made.folder)
+
+
+def test_a_change_that_hides_its_time_is_found_by_verify(tmp_path, tokenizer):
+    made = make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer)
+    file = made.folder / "test/pubmed/data-00000-of-00001.arrow"
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    Collection(made.folder)
+    with pytest.raises(UserError, match="test/pubmed/data-00000-of-00001.arrow has another content"):
+        Collection(made.folder).verify()
+
+
+# ---------------------------------------------------------------- mixtures
+
+def test_the_named_mixtures_on_a_corpus(tmp_path, tokenizer):
+    made = make(tmp_path, {name: sample_source(name, n) for name, n in (("pubmed", 600), ("c4", 300), ("wikipedia", 200))}, tokenizer)
+    chosen = recipe("tiny", long_documents="truncate", max_tokens=1024)
+    shares = {name: {s: about["share_of_documents" if mixture.by == "documents" else "share_of_tokens"] for s, about in Corpus(made, chosen, mixture=mixture).manifest["mixture"].items()}
+              for name, mixture in MIXTURES.items()}
+    for name, mixture in MIXTURES.items():
+        assert shares[name] == pytest.approx(mixture.shares, abs=0.01)
+    fewer = Mixture({"pubmed": 0.2, "c4": 0.2, "wikipedia": 0.6}, "documents", 500)
+    with pytest.raises(ValueError, match=r"needs 300 documents of 'wikipedia' \(60.0% of 500\) and there are 160; at most 266 documents in all"):
+        Corpus(made, chosen, mixture=fewer)
+    twice = Corpus(made, chosen, mixture=dataclasses.replace(fewer, repeats={"wikipedia": 2}))
+    rows = twice.index["row"][twice.index["source"] == 2]
+    assert len(rows) == 300 and np.bincount(rows).max() == 2 and set(rows) == set(range(160))
+    again = Corpus(made, chosen, mixture=dataclasses.replace(fewer, repeats={"wikipedia": 2}))
+    assert np.array_equal(twice.index, again.index) and np.array_equal(twice[7], again[7])
+
+
+def test_a_spoiled_choice_is_refused(tmp_path, tokenizer):
+    made, chosen = make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer), recipe("tiny", mixture={"pubmed": 1.0})
+    Corpus(made, chosen)
+    [file] = (tmp_path / "cache" / "mixtures").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="another content"):
+        Corpus(made, chosen)
+
+
+# ---------------------------------------------------------------- size and speed
+
+OPEN = """
+import re, sys, time
+from biomamba.corpus import Collection, Corpus
+from biomamba.runs import recipe
+began = time.perf_counter()
+corpus = Corpus(Collection(sys.argv[1]), recipe("tiny", mixture={"pubmed": 1.0}, long_documents="truncate"))
+tokens = sum(int(n.sum()) for n in corpus.lengths.values())
+first, last = corpus[0], corpus[len(corpus) - 1]
+print(len(corpus), tokens, time.perf_counter() - began, int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024)
+"""
+
+
+def million(folder: Path, n: int = 1_000_000, each: int = 200) -> Path:
+    "A collection of a million documents without text."
+    import pyarrow as pa
+    rng = np.random.default_rng(0)
+
+    def tables():
+        for start in range(0, n, 1000):
+            offsets = np.arange(0, 1001 * each, each, dtype=np.int32)
+            tokens = pa.ListArray.from_arrays(pa.array(offsets), pa.array(rng.integers(2, 50_277, 1000 * each, dtype=np.uint16)))
+            yield pa.table({"id": [str(10_000_000 + i) for i in range(start, start + 1000)], "tokens": tokens, "bytes": np.full(1000, 900)})
+    write_stream(folder / "all.arrow", tables())
+    save_table(folder / "train" / "pubmed", [folder / "all.arrow"])
+    (folder / "all.arrow").unlink()
+    from biomamba.collection import FORMAT
+    from biomamba.storage import describe_files
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "fingerprint": "a million", "files": describe_files(folder), "sources": {}}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process that was started by a larger one is read from /proc")
+def test_a_million_documents_open_in_a_second_and_200_megabytes(tmp_path):
+    folder = million(tmp_path / "million")
+    run = lambda: subprocess.run([sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout.split()
+    run()                                                    # the choice of the sequences is made once
+    best = min((run() for _ in range(3)), key=lambda found: float(found[2]))
+    documents, tokens, seconds, megabytes = map(float, best)
+    assert (documents, tokens) == (1_000_000, 201_000_000)
+    assert seconds < 1, f"opening took {seconds:.2f} s"
+    assert megabytes < 200, f"the process grew to {megabytes:.0f} MB"
+
+
+@pytest.mark.slow
+def test_tokenizing_costs_little_beside_the_tokenizer(data, tmp_path, monkeypatch):
+    "Tables of token ids come at 0.8 of the rate of encode_batch at least, in CPU time of one thread, in turns."
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer
+    from biomamba.documents import read_documents
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
+    documents = list(read_documents(data / "pubmed" / "abstracts.jsonl", "pubmed"))
+    alone, ours = [], []
+    for turn in range(4):
+        began = time.process_time()
+        for some in batches(documents): tokenizer.encode_batch([d.text for d in some], add_special_tokens=False)
+        alone.append(time.process_time() - began)
+        began = time.process_time()
+        write_stream(tmp_path / f"{turn}.arrow", (tokenize(some, tokenizer) for some in batches(documents)))
+        ours.append(time.process_time() - began)
+    assert min(alone) / min(ours) >= 0.8
+    assert len(read_stream(tmp_path / "0.arrow")) == 3_000
+
+
+def test_no_bar_and_no_word(tmp_path, tokenizer, capfd):
+    make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("module", ["duplicates", "pipeline", "sources", "steps", "storage", "stages", "collection", "corpus", "building"])
+def test_the_rooms_import_nothing_heavy(module):
+    code = f"import sys, biomamba.{module}; print(sorted({{'torch', 'transformers', 'datasets', 'datatrove', 'tokenizers', 'ray'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- the command's function, on real text
+
+def test_build_on_real_text(data, tmp_path):
+    made = build(data, tmp_path / "corpus", tokenizer=data / "tokenizer", against=data / "qa", mixture='{"pubmed": 0.8, "c4": 0.2}')
+    manifest = made.manifest
+    assert set(manifest["decontaminated_against"]) >= {"ori_pqal", "12B1_golden", "12B2_golden"}
+    hits = [row for row in Report(made).removed if row["step"] == "decontamination"]
+    assert hits and all(row["like"].split(" ", 1)[0] in manifest["decontaminated_against"] for row in hits)
+    pmids = {d.id for d in evaluation_sets(data / "qa" / "ori_pqal.json")[0].documents}
+    tables = [made.collection.documents(part, "pubmed") for part in ("train", *HELD_OUT)]
+    assert not pmids & {id for table in tables for id in table.ids}
+    assert tables[0].table.schema.field("tokens").type.value_type == "uint16"
+    for about in manifest["sources"].values():
+        for before, after in zip(about["steps"][:-2], about["steps"][1:]): assert after["received"] == before["passed"]
+        for count in about["steps"]: assert count["received"] - count["passed"] == sum(count["reasons"].values())
+    page = (tmp_path / "corpus" / "README.md").read_text()
+    assert "ori_pqal" in page and manifest["fingerprint"] in page
