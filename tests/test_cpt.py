@@ -222,14 +222,16 @@ def test_truncated_file(texts, tmp_path):
 
 
 def test_nothing_half_built_is_left_behind(texts, monkeypatch):
-    import biomamba.corpus as corpus
+    import biomamba.collection as collection
     def broken(*_): raise OSError("the disk is full")
-    monkeypatch.setattr(corpus, "save_table", broken)
+    monkeypatch.setattr(collection, "save_table", broken)
     cache = Path(os.environ["BIOMAMBA_CACHE"]) / "collections"
     before = set(cache.iterdir())
     with pytest.raises(OSError, match="disk is full"):
         run(corpus=str(texts), overrides=SMALL | {"vocabulary": 300})
-    assert {p for p in set(cache.iterdir()) - before if p.suffix != ".lock"} == set()
+    left = {p for p in set(cache.iterdir()) - before if p.suffix != ".lock"}
+    assert all(p.name.startswith(".") for p in left), "what a next run goes on with is not named like a collection"
+    assert not any(p.exists() for folder in left for p in folder.rglob("manifest.json"))
 
 
 def test_run_dir_of_another_recipe(finished, texts):
