@@ -50,6 +50,7 @@ def test_the_targets_are_those_that_were_set():
         ("fill", "padded", "share", ">=", 0.97), ("packing", "padded", "ratio", ">=", 3), ("packing", "stock padded, faster", "ratio", ">=", 12)])
 
 
+@pytest.mark.skipif(not harness.RESULTS.exists(), reason="no measurement is stored: `make bench` writes benchmarks/results.json")
 def test_the_stored_results_hold_every_row_in_full():
     results = harness.read_results()
     assert set(results["rows"]) == set(ROWS), "python -m benchmarks measures what is missing"
@@ -61,6 +62,7 @@ def test_the_stored_results_hold_every_row_in_full():
     for machine in results["machines"].values(): assert machine["cpu"] and machine["torch"] and machine["transformers"]
 
 
+@pytest.mark.skipif(not harness.RESULTS.exists(), reason="no measurement is stored: `make bench` writes benchmarks/results.json")
 def test_the_picture_belongs_to_the_stored_results(tmp_path):
     results = harness.read_results()
     drawn = table.draw(results, tmp_path)
