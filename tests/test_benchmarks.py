@@ -125,6 +125,18 @@ def test_what_cannot_be_measured_says_why(monkeypatch):
     assert harness.measure("x:y", {"quick": True}) == {"skipped": "not on this machine"}
 
 
+def test_time_that_others_take_is_counted_and_shown(monkeypatch):
+    times = iter([(10.0, 5.0), (14.0, 6.0)])                       # 4 busy seconds, 1 of them ours
+    monkeypatch.setattr(harness, "busy_seconds", lambda: next(times))
+    monkeypatch.setattr(harness, "fresh", lambda *args, **more: {"values": {}, "limits": {}, "untargeted": "", "facts": {}})
+    monkeypatch.setattr(harness.time, "perf_counter", iter([100.0, 110.0]).__next__)
+    monkeypatch.setattr(harness.os, "cpu_count", lambda: 2)
+    found = harness.run_row(Row("r", "s", "x:y", ()))
+    assert found["others"] == 0.15 and found["seconds"] == 10
+    results = harness.with_row({"machines": {}, "rows": {}}, "r", found)
+    assert "during r (15 %): measure these again" in table.provenance(results, (Row("r", "s", "x:y", ()),))
+
+
 def test_a_row_measured_again_replaces_itself_alone(tmp_path):
     results = {"machines": {"old": MACHINE}, "rows": {"a": {"values": {"x": [1]}, "machine": "old"}, "b": {"values": {"x": [2]}, "machine": "old"}}}
     made = harness.with_row(results, "b", {"values": {"x": [3.1234567]}, "machine": MACHINE | {"cores": 9}})

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from biomamba import decoding
 from biomamba.checkpoints import generation_config, save_model
-from biomamba.corpus import train_tokenizer, wrap_tokenizer
+from biomamba.steps import train_tokenizer, wrap_tokenizer
 from biomamba.decoding import WAITING, Decoder, prefill
-from biomamba.generation import Options, TextPieces, choose, generate, held_back, stream
+from biomamba.generation import Options, TextPieces, choose, generate, held_back, row_generator, stream
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.runs import UserError, recipe
 from biomamba.ssd import recurrence
@@ -257,6 +257,11 @@ def test_samples_follow_the_distribution_of_transformers(o):
     assert ((counts - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
+def test_a_uniform_number_of_zero_chooses_no_suppressed_token(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, generator=None: torch.zeros(size))
+    assert choose(torch.zeros(1, 5), torch.tensor([0, 1]), Options(temperature=1.0), [None]) == [2]
+
+
 def test_rows_without_a_token_never_appear(tokenizer):
     model = small()
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1)
@@ -283,6 +288,7 @@ def test_seeds(tokenizer):
     run = lambda prompts, seed=0: [c.tokens for c in generate(model, tokenizer, prompts, max_new_tokens=25, temperature=1.0, seed=seed)]
     assert run(PROMPTS) == run(PROMPTS) and run(PROMPTS) != run(PROMPTS, seed=1)
     assert torch.equal(before, torch.get_rng_state())
+    assert len({row_generator(*seed).initial_seed() for seed in ((0, [1], 0), (0, [2], 0), (1, [1], 0), (0, [1], 1))}) == 4
     assert len(set(run([PROMPTS[0]] * 6))) == 6
     assert len(set(run([PROMPTS[0]] * 6, 7)) | set(run([PROMPTS[0]] * 6))) == 12
 
@@ -327,6 +333,15 @@ def test_stop_strings_are_found_across_tokens_and_trimmed(tokenizer):
         assert c.tokens == free.tokens[:len(c.tokens)]
         pieces = list(stream(model, tokenizer, PROMPTS[3], max_new_tokens=30, stop=whole[i:j]))
         assert "".join(pieces) == c.text and all(pieces)
+
+
+@pytest.mark.parametrize("stop", [("r, no", "er, no"), ("er, no", "r, no")])
+def test_the_first_of_two_stop_strings_counts(tokenizer, stop):
+    "Both end with the same token, and the text ends before the one that begins first."
+    pieces, out = TextPieces(tokenizer, stop), ""
+    for token in tokenizer("no wonder, nothing").input_ids:
+        if not pieces.stopped: out += pieces.add(token)
+    assert pieces.stopped and out == "no wond"
 
 
 def test_held_back():
