@@ -77,7 +77,7 @@ def _report_markdown(self) -> str:
 
 Report.examples, Report._repr_markdown_ = property(_examples), _report_markdown
 
-# %% ../nbs/04k_building.ipynb #5cc1604a
+# %% ../nbs/04k_building.ipynb #c25d32ef
 def tokenizer_at(
     place: str | Path | None,  # tokenizer.json, or a folder that holds one
 ):  # transformers.PreTrainedTokenizerFast, or None
@@ -89,6 +89,7 @@ def tokenizer_at(
     from tokenizers import Tokenizer
     return wrap_tokenizer(Tokenizer.from_file(str(path)))
 
+# %% ../nbs/04k_building.ipynb #5e6c2371
 def mixture_named(
     mixture: str | dict,  # a name, or shares as a dict or its JSON
     by: str,              # of what the shares are, where they are not named
@@ -100,7 +101,7 @@ def mixture_named(
         return dataclasses.replace(MIXTURES[mixture], total=total)
     return Mixture(as_dict(mixture, "mixture"), by, total)
 
-# %% ../nbs/04k_building.ipynb #8261541d
+# %% ../nbs/04k_building.ipynb #5f4c8ca3
 def check_destination(
     folder: Path,
     key: str,      # of the collection that will stand there
@@ -111,7 +112,7 @@ def check_destination(
     there = json.loads((folder / "manifest.json").read_text()).get("key")
     if there != key: raise UserError(f"{folder} holds another corpus (of other sources, steps, tokenizer or evaluation sets); another folder, or that one removed, is accepted")
 
-# %% ../nbs/04k_building.ipynb #47687bce
+# %% ../nbs/04k_building.ipynb #dc627dbc
 def build(
     source: str,                     # a folder with a folder or file for each source of the mixture, or "sample"
     destination: str,                # folder of the corpus
@@ -141,6 +142,7 @@ def build(
     write_atomic(made.folder / "README.md", f"# Corpus {corpus.fingerprint}\n\n{Report(corpus)._repr_markdown_()}\n")
     return corpus
 
+# %% ../nbs/04k_building.ipynb #2c50f658
 def make_at(folder: Path, sources: dict, steps: Steps, tokenizer, vocabulary: int, against: list[EvaluationSet], engine: Engine) -> Collection:
     "The collection in a folder of the user's; a build that was interrupted goes on."
     about = {"train": vocabulary} if tokenizer is None else {"sha256": tokenizer_hash(tokenizer)}

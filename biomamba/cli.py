@@ -115,6 +115,7 @@ def kind_of(
     "What a parameter takes from a command line."
     if annotation is None: return None
     kinds = {KINDS.get(part) for part in ast.unparse(annotation).split(" | ") if part != "None"}
+    if str in kinds: return str  # of str | dict, the text is what a terminal can say
     return kinds.pop() if len(kinds) == 1 else None
 
 # %% ../nbs/90_cli.ipynb #293e4cf8

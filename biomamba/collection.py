@@ -46,7 +46,7 @@ def _parameters(self) -> dict[str, dict]:  # step → settings
 
 Work.parameters = property(_parameters)
 
-# %% ../nbs/04i_collection.ipynb #9229c58c
+# %% ../nbs/04i_collection.ipynb #fb0b28f3
 def _removed(self, source: str) -> Iterator[tuple]:
     "All removed documents of a source: step, id, why, like, detail."
     for rank in self.ranks(source):
@@ -57,7 +57,8 @@ def _removed(self, source: str) -> Iterator[tuple]:
             copies = np.load(self.folder / f"{kind}.npy")
             own = copies[(copies["position"] >> np.uint64(32)) == rank]
             for id, like, detail in zip(self.names(own["position"]), self.names(own["like"]), own["detail"].tolist()):
-                why = "nearly the text of an earlier document" if kind == "near" else "the id of an earlier document" if detail == SAME_ID else "the text of an earlier document"
+                what = "nearly the text" if kind == "near" else "the id" if detail == SAME_ID else "the text"
+                why = f"{what} of an earlier document"
                 yield f"{kind} duplicates", id.split(" ", 1)[1], why, like, detail if kind == "near" else 0
 
 def _names(self, positions: np.ndarray) -> list[str]:  # source and id
@@ -67,7 +68,7 @@ def _names(self, positions: np.ndarray) -> list[str]:  # source and id
 
 Work.removed, Work.names = _removed, _names
 
-# %% ../nbs/04i_collection.ipynb #0ccd827d
+# %% ../nbs/04i_collection.ipynb #093d51d6
 def _counts(self, source: str, removed: Counter) -> list[Count]:  # removed: (step, why) → documents
     "What every step received and passed on of one source."
     read = [read_counts(self.folder / "counts", "read", rank) for rank in self.ranks(source)]
@@ -76,18 +77,24 @@ def _counts(self, source: str, removed: Counter) -> list[Count]:  # removed: (st
     counts = [Count("read", left, left := left - skipped.total(), {}, dict(sorted(skipped.items())))]
     for step, parameters in self.parameters.items():
         why = {reason: n for (name, reason), n in sorted(removed.items()) if name == step}
-        if step == "hold out": why = {part: int(sum((np.load(self.path("parts", rank)) == PARTS.index(part)).sum() for rank in self.ranks(source))) for part in ("validation", "test")}
+        if step == "hold out": why = self.held_out(source)
         counts.append(Count(step, left, left := left - sum(why.values()), parameters, why))
     whole = left + sum(counts[-1].reasons.values())
     return [*counts, Count("tokenize", whole, whole)]
 
-Work.counts = _counts
+def _held_out(self, source: str) -> dict[str, int]:  # part → documents
+    "How many documents of a source are held out."
+    parts = np.concatenate([np.load(self.path("parts", rank)) for rank in self.ranks(source)])
+    return {part: int((parts == PARTS.index(part)).sum()) for part in ("validation", "test")}
 
-# %% ../nbs/04i_collection.ipynb #86512dc5
+Work.counts, Work.held_out = _counts, _held_out
+
+# %% ../nbs/04i_collection.ipynb #411e337e
 def _describe(self, source: str, held_out: dict[str, list[str]]) -> dict:  # held_out: part → ids
     "What the manifest says of a source."
     made = [read_counts(self.folder / "counts", "tokenize", rank)["parts"] for rank in self.ranks(source)]
-    parts = {part: {key: sum(m[part][key] for m in made) for key in ("documents", "tokens")} | {"sha256": fingerprint([m[part]["sha256"] for m in made])} for part in PARTS}
+    parts = {part: {key: sum(m[part][key] for m in made) for key in ("documents", "tokens")} |
+             {"sha256": fingerprint([m[part]["sha256"] for m in made])} for part in PARTS}
     counts = self.counts(source, Counter((step, why) for step, _, why, _, _ in self.removed(source)))
     return {"origin": self.sources[source].origin, "steps": [dataclasses.asdict(c) for c in counts], "small_source": held_out_size(counts[-1].received)[1],
             "parts": {part: about for part, about in parts.items() if about["documents"]}, "held_out_ids": {part: fingerprint(sorted(ids)) for part, ids in held_out.items()}}
@@ -140,7 +147,7 @@ def write_removed(
     schema = pa.schema([(name, pa.string()) for name in ("step", "id", "why", "like")] + [("detail", pa.float32())])
     write_stream(path, (pa.table(list(map(list, zip(*some))), schema=schema) for some in batches(removed)))
 
-# %% ../nbs/04i_collection.ipynb #f21bdab7
+# %% ../nbs/04i_collection.ipynb #9314e415
 class Collection:
     "A folder of cleaned, split, tokenized documents; `UserError` when it does not match its manifest."
 
@@ -148,9 +155,13 @@ class Collection:
         self.folder = Path(folder)
         if not (self.folder / "manifest.json").is_file(): raise UserError(f"{self.folder} holds no corpus (no manifest.json); a folder that `biomamba corpus` made is accepted")
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        made = (self.folder / "manifest.json").stat().st_mtime_ns
         if "files" not in self.manifest or self.manifest["format"] != FORMAT: raise UserError(f"{self.folder} is a corpus of format {self.manifest.get('format')}; format {FORMAT} is accepted: build it again")
-        self.verify({name for name in self.manifest["files"] if (path := self.folder / name).is_file() and path.stat().st_mtime_ns > made})
+        self.verify(self.changed())
+
+    def changed(self) -> set[str]:
+        "The files that were written after the manifest."
+        made = (self.folder / "manifest.json").stat().st_mtime_ns
+        return {name for name in self.manifest["files"] if (path := self.folder / name).is_file() and path.stat().st_mtime_ns > made}
 
     def verify(self, hashed: Iterable[str] | None = None) -> None:
         "Raise `UserError` for the first file that is not as the manifest says; all are hashed, or those that are named."
@@ -163,17 +174,18 @@ class Collection:
         "The documents of one part of one source."
         return Tokens(self.folder / part / source)
 
-    def removed(self, source: str):  # pyarrow.Table: step, id, why, like, detail
-        "The documents of a source that a step removed; `None` where there are none."
-        path = self.folder / "removed" / f"{source}.arrow"
-        return read_stream(path) if path.exists() else None
+# %% ../nbs/04i_collection.ipynb #bd7a693a
+Collection.tokenizer_folder = property(lambda self: self.folder / "tokenizer")
+Collection.fingerprint = property(lambda self: self.manifest["fingerprint"])
 
-    @property
-    def tokenizer_folder(self) -> Path: return self.folder / "tokenizer"
-    @property
-    def fingerprint(self) -> str: return self.manifest["fingerprint"]
+def _removed_table(self, source: str):  # pyarrow.Table: step, id, why, like, detail
+    "The documents of a source that a step removed; `None` where there are none."
+    path = self.folder / "removed" / f"{source}.arrow"
+    return read_stream(path) if path.exists() else None
 
-# %% ../nbs/04i_collection.ipynb #408a499f
+Collection.removed = _removed_table
+
+# %% ../nbs/04i_collection.ipynb #a80cfb8d
 def collection_key(
     work: Work,
     tokenizer: dict,               # {"train": vocabulary} or {"sha256": of the tokenizer}
@@ -203,7 +215,7 @@ def build_collection(
         raise
     shutil.rmtree(work.folder)
 
-# %% ../nbs/04i_collection.ipynb #1c7dcba6
+# %% ../nbs/04i_collection.ipynb #b0f0b2cc
 def open_collection(
     sources: dict[str, Source],
     recipe: Recipe,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEQUENCE', 'UNITS', 'PLAIN', 'MIXTURES', 'slice_starts', 'with_ends', 'sequences_of', 'Mixture', 'mixture_counts',
-           'choose', 'Corpus', 'write_index', 'decontamination_note', 'markdown_table']
+           'sizes_of', 'fitting', 'choose', 'Corpus', 'write_index', 'decontamination_note', 'markdown_table']
 
 # %% ../nbs/04j_corpus.ipynb #bdfd96d3
 import dataclasses, hashlib, io
@@ -63,7 +63,7 @@ def sequences_of(
     found["targets"] = np.minimum(np.repeat(targets, pieces) - found["start"], recipe.max_tokens)
     return found
 
-# %% ../nbs/04j_corpus.ipynb #f00f61b3
+# %% ../nbs/04j_corpus.ipynb #1332069d
 UNITS = ("sequences", "documents", "tokens")
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Mixture:
 
     def __post_init__(self):
         if self.by not in UNITS: raise UserError(f"mixture by {self.by!r}{did_you_mean(self.by, UNITS)}; one of {', '.join(UNITS)} is accepted")
-        whole = self.shares and all(isinstance(share, (int, float)) and share >= 0 for share in self.shares.values())
-        if not whole or abs(sum(self.shares.values()) - 1) > 1e-6: raise UserError(f"mixture {self.shares!r}; shares from 0 that sum to 1 are accepted")
+        numbers = self.shares and all(isinstance(share, (int, float)) and share >= 0 for share in self.shares.values())
+        if not numbers or abs(sum(self.shares.values()) - 1) > 1e-6: raise UserError(f"mixture {self.shares!r}; shares from 0 that sum to 1 are accepted")
         if self.total is not None and (not isinstance(self.total, int) or self.total < 1): raise UserError(f"mixture of {self.total!r} {self.by}; a whole number from 1, or None, is accepted")
         wrong = [name for name, times in self.repeats.items() if name not in self.shares or times < 1]
         if wrong: raise UserError(f"mixture repeats {wrong[0]!r} {self.repeats[wrong[0]]!r} times; a source of the mixture and a number from 1 are accepted")
@@ -85,7 +85,7 @@ class Mixture:
 PLAIN = {"pubmed": 0.8, "c4": 0.1, "wikipedia": 0.1}
 MIXTURES = {"paper": Mixture(dict(recipe("780m").mixture), "documents"), "80/10/10 documents": Mixture(PLAIN, "documents"), "80/10/10 tokens": Mixture(PLAIN, "tokens")}
 
-# %% ../nbs/04j_corpus.ipynb #a586356c
+# %% ../nbs/04j_corpus.ipynb #d7782b7a
 def mixture_counts(
     available: dict[str, int],  # units of each source
     mixture: dict[str, float],  # shares above 0
@@ -97,27 +97,45 @@ def mixture_counts(
     wanted = most if total is None else total
     counts = {s: int(round(wanted * share)) for s, share in mixture.items()}
     for source, n in counts.items():
-        if n > available[source]: raise UserError(f"the mixture needs {n:,} {unit} of '{source}' ({mixture[source]:.1%} of {wanted:,}) and there are {available[source]:,}; at most {most:,} {unit} in all, a smaller share, or {unit if unit == 'sequences' else 'total'}=None is accepted")
+        if n > available[source]:
+            raise UserError(f"the mixture needs {n:,} {unit} of '{source}' ({mixture[source]:.1%} of {wanted:,}) and there are {available[source]:,}; "
+                            f"at most {most:,} {unit} in all, a smaller share, or {unit if unit == 'sequences' else 'total'}=None is accepted")
     if not all(counts.values()): raise UserError(f"the mixture gives no {unit.removesuffix('s')} of {', '.join(s for s, n in counts.items() if not n)} out of {wanted:,} in all; more documents or a larger share is accepted")
     return counts
 
-# %% ../nbs/04j_corpus.ipynb #d2f8205d
+# %% ../nbs/04j_corpus.ipynb #e8a8a60a
+def sizes_of(
+    sequences: np.ndarray,  # (n,) SEQUENCE
+    by: str,                # sequences, documents or tokens
+) -> np.ndarray:  # (n,) of these units; a document counts where it begins
+    "How much of a mixture's unit each sequence is."
+    if by == "tokens": return sequences["targets"].astype(np.int64)
+    return (sequences["start"] == 0).astype(np.int64) if by == "documents" else np.ones(len(sequences), np.int64)
+
+def fitting(
+    sizes: np.ndarray,  # (n,) of the sequences, in order
+    most: int,          # units
+) -> int:  # how many sequences, counted over as many readings as it takes
+    "How many sequences, one after another and from the beginning again, stay within a number of units."
+    whole, rest = divmod(most, max(1, int(sizes.sum())))
+    return whole * len(sizes) + int(np.searchsorted(np.cumsum(sizes), rest, side="right")) * (rest > 0)
+
+# %% ../nbs/04j_corpus.ipynb #4be28667
 def choose(
     sequences: dict[str, np.ndarray],  # source → SEQUENCE, in order
     mixture: Mixture,
 ) -> dict[str, np.ndarray]:  # source → numbers of the chosen sequences, in order
     "The sequences that a mixture takes from each source."
     shares = {s: share for s, share in mixture.shares.items() if share > 0}
-    sizes = {s: {"sequences": np.ones(len(q), np.int64), "documents": (q["start"] == 0).astype(np.int64), "tokens": q["targets"].astype(np.int64)}[mixture.by] for s, q in sequences.items()}
-    repeats = {s: mixture.repeats.get(s, 1) for s in shares}
-    counts = mixture_counts({s: int(sizes[s].sum() * repeats[s]) for s in shares}, shares, mixture.total, mixture.by)
-    tiled = {s: np.tile(np.cumsum(sizes[s]), (passes := -(-n // max(1, int(sizes[s].sum()))))) + np.repeat(np.arange(passes) * sizes[s].sum(), len(sizes[s])) for s, n in counts.items()}
-    chosen = {s: np.arange(np.searchsorted(tiled[s], n, side="right")) % len(sizes[s]) for s, n in counts.items()}
+    sizes = {s: sizes_of(sequences[s], mixture.by) for s in shares}
+    available = {s: int(sizes[s].sum() * mixture.repeats.get(s, 1)) for s in shares}
+    counts = mixture_counts(available, shares, mixture.total, mixture.by)
+    chosen = {s: np.arange(fitting(sizes[s], n)) % len(sizes[s]) for s, n in counts.items()}
     empty = [s for s, rows in chosen.items() if not len(rows)]
     if empty: raise UserError(f"the mixture gives '{empty[0]}' {counts[empty[0]]:,} {mixture.by}, fewer than its first document has; a larger total or share is accepted")
     return chosen
 
-# %% ../nbs/04j_corpus.ipynb #8ec4423f
+# %% ../nbs/04j_corpus.ipynb #8c81c0fc
 class Corpus:
     "The training sequences that a mixture and a seed choose from a collection, and the held-out documents beside them."
 
@@ -136,8 +154,7 @@ class Corpus:
 
     def chosen(self) -> np.ndarray:  # (sequences,) of source, row, start, targets
         "The choice, from the cache or made now."
-        folder = cache_dir() / "mixtures"
-        for path in folder.glob(f"{self.fingerprint}-*.npy"):
+        for path in (folder := cache_dir() / "mixtures").glob(f"{self.fingerprint}-*.npy"):
             if file_sha256(path)[:16] == path.stem.split("-")[1]: return np.load(path, mmap_mode="r")
             raise UserError(f"{path} has another content than when it was written; the cache without it is accepted: remove it")
         write_index(folder, self.fingerprint, made := self.choose())
@@ -149,7 +166,7 @@ class Corpus:
         source, row, start, _ = self.index[i].item()
         return with_ends(self.tables[self.names[source]][row], self.recipe.eos)[start : start + self.recipe.max_tokens + 1]
 
-# %% ../nbs/04j_corpus.ipynb #364c8044
+# %% ../nbs/04j_corpus.ipynb #a124183b
 def _choose(self) -> np.ndarray:  # (sequences,) of source, row, start, targets
     "The sequences of all sources, one source after another."
     sequences = {s: sequences_of(table, s, self.recipe) for s, table in self.tables.items()}
@@ -170,7 +187,7 @@ def write_index(
     np.save(buffer := io.BytesIO(), index)
     write_atomic(folder / f"{name}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.npy", buffer.getvalue())
 
-# %% ../nbs/04j_corpus.ipynb #e44a37c8
+# %% ../nbs/04j_corpus.ipynb #a90ed20d
 def _fingerprint(self) -> str:
     "What the corpus is called: the same for the same sequences, anywhere."
     recipe = self.recipe
@@ -188,7 +205,7 @@ def _synthetic(self) -> bool:
 Corpus.fingerprint, Corpus.synthetic = property(_fingerprint), property(_synthetic)
 Corpus.lengths = cached_property(_lengths); Corpus.lengths.__set_name__(Corpus, "lengths")
 
-# %% ../nbs/04j_corpus.ipynb #0ebb30aa
+# %% ../nbs/04j_corpus.ipynb #0da4b983
 def _manifest(self) -> dict:
     "Fingerprint, seed, the mixture in sequences, documents and tokens, and all that the collection says of itself."
     tokens = {s: int(n.sum()) for s, n in self.lengths.items()}
@@ -201,7 +218,7 @@ def _manifest(self) -> dict:
 
 Corpus.manifest = property(_manifest)
 
-# %% ../nbs/04j_corpus.ipynb #3a827af6
+# %% ../nbs/04j_corpus.ipynb #293eb7a3
 def decontamination_note(
     manifest: dict,             # of a corpus, a collection or a run
     evaluation: EvaluationSet,  # what the model is judged by
@@ -210,7 +227,7 @@ def decontamination_note(
     kept_out = {about["sha256"] for about in manifest.get("decontaminated_against", {}).values()}
     return "" if evaluation.sha256 in kept_out else "not decontaminated"
 
-# %% ../nbs/04j_corpus.ipynb #515d2eff
+# %% ../nbs/04j_corpus.ipynb #f3866376
 def markdown_table(
     header: list[str],
     rows: list[list],   # numbers are aligned to the right
@@ -220,7 +237,7 @@ def markdown_table(
     right = [bool(rows) and isinstance(rows[0][i], (int, float)) or i > 0 and not rows for i in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["--:" if r else "---" for r in right], *(list(map(cell, row)) for row in rows)))
 
-# %% ../nbs/04j_corpus.ipynb #39392017
+# %% ../nbs/04j_corpus.ipynb #805a1eec
 def _repr_markdown_(self) -> str:
     "What every step passed on and what the mixture took."
     manifest = self.manifest
@@ -236,4 +253,4 @@ def _repr_markdown_(self) -> str:
     return (f"Corpus `{self.fingerprint}`: {len(self):,} sequences, {sum(int(n.sum()) for n in self.lengths.values()):,} tokens; "
             f"decontaminated against {against}\n\n" + markdown_table(header, rows))
 
-Corpus._repr_markdown_ = _repr_markdown_
+Corpus._repr_markdown_ = Corpus.__str__ = _repr_markdown_

@@ -17,7 +17,7 @@ import numpy as np
 from .records import Document
 from .runs import UserError, fingerprint
 
-# %% ../nbs/04g_storage.ipynb #cce54d77
+# %% ../nbs/04g_storage.ipynb #e18c4f41
 BATCH = 1_000   # documents that are worked on at once
 STORED = 10     # tables that are stored as one: each batch of a file costs pages of memory when it is opened
 
@@ -29,6 +29,7 @@ def batches(
     items = iter(items)
     return iter(lambda: list(itertools.islice(items, size)), [])
 
+# %% ../nbs/04g_storage.ipynb #0c6112a3
 def write_stream(
     path: Path,
     tables: Iterable,  # pyarrow.Table of one schema; no file where there is none
@@ -52,7 +53,7 @@ def read_stream(
     import pyarrow as pa
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
-# %% ../nbs/04g_storage.ipynb #4081bb17
+# %% ../nbs/04g_storage.ipynb #92259ab0
 def token_type(
     vocabulary: int,  # entries
 ) -> np.dtype:
@@ -72,7 +73,7 @@ def tokenize(
     return pa.table({"id": pa.array([d.id for d in documents], pa.string()), "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
                      "bytes": pa.array([len(d.text.encode()) for d in documents], pa.int64())})
 
-# %% ../nbs/04g_storage.ipynb #6890ce3b
+# %% ../nbs/04g_storage.ipynb #98a5b3e1
 def save_table(
     folder: Path,
     files: list[Path],  # Arrow streams of one schema, in order; linked where the disk allows it, else copied
@@ -92,7 +93,7 @@ def save_table(
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "description": "", "features": features, "homepage": "", "license": ""}, indent=1))
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
-# %% ../nbs/04g_storage.ipynb #adc23634
+# %% ../nbs/04g_storage.ipynb #1b1ab67a
 class Tokens:
     "The documents of one part of one source: ids, lengths in tokens and in bytes, and token arrays by row."
 
@@ -118,7 +119,7 @@ class Tokens:
         start, end = self.offsets[chunk][row - self.first[chunk] :][:2]
         return self.flat[chunk][start:end].astype(np.int32)
 
-# %% ../nbs/04g_storage.ipynb #80acd32f
+# %% ../nbs/04g_storage.ipynb #7ba05526
 def describe_files(
     folder: Path,
 ) -> dict[str, dict]:  # relative name → bytes, sha256
@@ -126,7 +127,7 @@ def describe_files(
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
 
-# %% ../nbs/04g_storage.ipynb #f07e692a
+# %% ../nbs/04g_storage.ipynb #5bbf0c4d
 def file_sha256(path: Path) -> str:
     "The hash of a file's content."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()

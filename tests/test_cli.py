@@ -132,6 +132,18 @@ def test_help_is_read_from_the_function_and_imports_nothing():
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 
+def test_a_corpus_is_built_with_the_mixture_that_was_named(texts, tmp_path):
+    shares = {"pubmed": 0.5, "c4": 0.25, "wikipedia": 0.25}
+    done = biomamba("corpus", texts, tmp_path / "corpus", "--mixture", json.dumps(shares), "--vocabulary", 300)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    assert made["fingerprint"] in done.stdout
+    total = sum(made["mixture"][name]["sequences"] for name in shares)
+    assert {name: made["mixture"][name]["sequences"] / total for name in shares} == pytest.approx(shares, abs=1 / total)
+    refused = biomamba("corpus", texts, tmp_path / "other", "--mixture", "half")
+    assert refused.returncode == 1 and refused.stderr.count("\n") <= 2 and "half" in refused.stderr
+
+
 def test_the_wrong_number_of_folders_is_refused():
     for arguments in (["convert"], ["convert", "a"], ["convert", "a", "b", "c"], ["convert", "a", "b", "--shard", "many"]):
         done = biomamba(*arguments)
