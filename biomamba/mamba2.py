@@ -39,14 +39,12 @@ def mamba2_config(
 # %% ../nbs/06b_mamba2.ipynb #f01d1db2
 def _normalize(
     x: Tensor,            # (..., width)
-    gate: Tensor | None,  # the same shape
+    gate: Tensor | None,  # SiLU(gate), the same shape, at least fp32
     eps: float,
     group: int,           # width over which the mean is taken
-) -> tuple[Tensor, Tensor]:  # normalized, (..., groups, group) fp32, and 1 / rms (..., groups, 1)
+) -> tuple[Tensor, Tensor]:  # normalized, (..., groups, group), at least fp32, and 1 / rms (..., groups, 1)
     "The gated value over its root mean square."
-    real = torch.promote_types(x.dtype, torch.float32)
-    g = x.to(real) if gate is None else F.silu(gate.to(real)).mul_(x)
-    g = g.unflatten(-1, (-1, group))
+    g = (x.to(torch.promote_types(x.dtype, torch.float32)) if gate is None else gate * x).unflatten(-1, (-1, group))
     r = torch.rsqrt(torch.linalg.vector_norm(g, dim=-1, keepdim=True).square_().div_(group).add_(eps))
     return (g * r if gate is None else g.mul_(r)), r
 
@@ -58,21 +56,25 @@ class GatedNorm(torch.autograd.Function):
     def forward(ctx, x, gate, weight, eps, group):
         with torch.autocast(x.device.type, enabled=False):
             ctx.save_for_backward(x, gate, weight); ctx.eps, ctx.group = eps, group
-            return (_normalize(x, gate, eps, group)[0].flatten(-2) * weight).to(torch.promote_types(x.dtype, weight.dtype))
+            n, _ = _normalize(x, None if gate is None else F.silu(gate.to(torch.promote_types(x.dtype, torch.float32))), eps, group)
+            return (n.flatten(-2) * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         (x, gate, weight), group = ctx.saved_tensors, ctx.group
         with torch.autocast(x.device.type, enabled=False):
-            n, r = _normalize(x, gate, ctx.eps, group)
-            dw = (dout.to(n.dtype) * n.flatten(-2)).flatten(0, -2).sum(0)
-            dn = (dout * weight).to(n.dtype).unflatten(-1, (-1, group))
-            dg = dn.sub_(n.mul_((dn * n).mean(-1, keepdim=True))).mul_(r).flatten(-2)
-            if gate is None: return dg.to(x.dtype), None, dw.to(weight.dtype), None, None
-            z = gate.to(dg.dtype)
-            dgate = torch.ops.aten.silu_backward(dg * x, z)
-            return dg.mul_(F.silu(z)).to(x.dtype), dgate.to(gate.dtype), dw.to(weight.dtype), None, None
+            z = None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32))
+            a = None if gate is None else F.silu(z)
+            n, r = _normalize(x, a, ctx.eps, group)
+            dout, w = dout.to(n.dtype).unflatten(-1, (-1, group)), weight.to(n.dtype).view(-1, group)
+            t = dout * n
+            mean = torch.linalg.vecdot(t, w).unsqueeze(-1).div_(group)
+            dg = torch.mul(dout, w).sub_(n.mul_(mean)).mul_(r).flatten(-2)
+            dw = t.flatten(-2).flatten(0, -2).sum(0).to(weight.dtype)
+            if gate is None: return dg.to(x.dtype), None, dw, None, None
+            dgate = torch.ops.aten.silu_backward(torch.mul(dg, x, out=t.flatten(-2)), z)
+            return dg.mul_(a).to(x.dtype), dgate.to(gate.dtype), dw, None, None
 
 # %% ../nbs/06b_mamba2.ipynb #47cf0805
 class BioMambaRMSNorm(Mamba2RMSNorm):
