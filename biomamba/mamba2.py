@@ -200,24 +200,37 @@ def _blocks(
 
 # %% ../nbs/06b_mamba2.ipynb #4cf09ecb
 def _block_loss(
-    hidden: Tensor,     # (rows, width), in the dtype of the products
-    weight: Tensor,     # (V, width), the same dtype
+    logits: Tensor,     # (rows, V); with `scale` overwritten by their gradient
     targets: Tensor,    # (rows)
-    p: Tensor | None = None,      # (rows, V), takes the gradient of the logits
     scale: Tensor | None = None,  # gradient that reaches each row's loss, (rows, 1)
 ) -> Tensor:            # losses (rows), at least fp32
     "Losses of one block, a cacheful of logits at a time; the gradient is softmax minus one at the target."
-    real = torch.promote_types(hidden.dtype, torch.float32)
-    losses = hidden.new_empty(len(hidden), dtype=real)
-    for k in _blocks(len(hidden), max(128, 2**21 // len(weight))):
-        logp, aims = torch.log_softmax((hidden[k] @ weight.T).to(real), -1), targets[k, None]
+    real = torch.promote_types(logits.dtype, torch.float32)
+    losses = logits.new_empty(len(logits), dtype=real)
+    for k in _blocks(len(logits), max(128, 2**21 // logits.shape[1])):
+        logp, aims = torch.log_softmax(logits[k].to(real), -1), targets[k, None]
         losses[k] = -logp.gather(1, aims).squeeze(1)
-        if p is None: continue
+        if scale is None: continue
         logp.exp_().scatter_add_(1, aims, torch.full_like(aims, -1, dtype=real))
-        p[k] = logp.mul_(scale[k])
+        torch.mul(logp, scale[k], out=logits[k])
     return losses
 
 # %% ../nbs/06b_mamba2.ipynb #526e0b56
+def _together(
+    weight: Tensor,  # (V, width)
+) -> int:            # rows
+    "How many rows have their logits at once: at most 1,024, and 128 MB."
+    return max(128, min(1024, 2**27 // (len(weight) * weight.itemsize)))
+
+def _losses(
+    hidden: Tensor,   # (rows, width)
+    weight: Tensor,   # (V, width), the same dtype
+    targets: Tensor,  # (rows)
+) -> Tensor:          # (rows), at least fp32
+    "Losses without gradients, block by block."
+    found = [_block_loss(hidden[k] @ weight.T, targets[k]) for k in _blocks(len(hidden), _together(weight))]
+    return torch.cat(found) if found else hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
 def _losses_and_gradients(
     hidden: Tensor,          # (rows, width)
     weight: Tensor,          # (V, width)
@@ -226,11 +239,10 @@ def _losses_and_gradients(
     dtype: torch.dtype,      # of the products
 ) -> tuple[Tensor, Tensor, Tensor]:  # losses (rows), gradients of hidden and weight
     "Block by block; the gradients of the head are summed in the weight's own dtype."
-    h, w, dh, dw = hidden.to(dtype), weight.to(dtype), torch.empty_like(hidden), None
-    most, losses = max(128, min(1024, 2**27 // (len(w) * w.itemsize))), []
-    for k in _blocks(len(h), most):
-        p = h.new_empty(len(h[k]), len(w))
-        losses.append(_block_loss(h[k], w, targets[k], p, scale[k]))
+    h, w, dh, dw, losses = hidden.to(dtype), weight.to(dtype), torch.empty_like(hidden), None, []
+    for k in _blocks(len(h), _together(w)):
+        p = h[k] @ w.T
+        losses.append(_block_loss(p, targets[k], scale[k]))
         dw = (p.T @ h[k]).to(weight.dtype) if dw is None else dw.addmm_(p.T, h[k]) if dw.dtype == dtype else dw.add_(p.T @ h[k])
         dh[k] = p @ w
     return torch.cat(losses) if losses else hidden.new_empty(0), dh, torch.zeros_like(weight) if dw is None else dw
@@ -244,7 +256,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.dtype, ctx.formed = dtype, scale is not None
         if not ctx.formed:
             ctx.save_for_backward(hidden, weight, targets)
-            return _block_loss(hidden.to(dtype), weight.to(dtype), targets)
+            return _losses(hidden.to(dtype), weight.to(dtype), targets)
         losses, *gradients = _losses_and_gradients(hidden, weight, targets, torch.full((len(hidden), 1), scale, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device), dtype)
         ctx.save_for_backward(*gradients)
         return losses.sum() * scale
