@@ -230,4 +230,6 @@ def open_collection(
     key = collection_key(Work(Path(), sources, steps, base), about, against)
     folder = cache_dir() / "collections" / key
     with made_once(folder): build_collection(Work(cache_dir() / "work" / key, sources, steps, base, engine), folder, tokenizer, recipe.vocabulary, against)
-    return Collection(folder)
+    made = Collection(folder)
+    made.verify()
+    return made

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HUB', 'NOTE_COLUMNS', 'read_documents', 'items_of', 'HubSource', 'read_hub', 'hub_errors', 'open_hub', 'hub_revision',
-           'hub_items', 'load_json', 'unique', 'pubmedqa_document', 'is_text', 'read_pubmedqa', 'existing',
-           'bioasq_answer', 'bioasq_document', 'listed', 'read_bioasq', 'note_document', 'csv_rows', 'note_items',
-           'read_mimic']
+           'hub_rows', 'hub_items', 'load_json', 'unique', 'pubmedqa_document', 'synthetic', 'is_text', 'read_pubmedqa',
+           'existing', 'bioasq_answer', 'bioasq_document', 'listed', 'read_bioasq', 'note_document', 'csv_rows',
+           'note_items', 'read_mimic']
 
 # %% ../nbs/02c_documents.ipynb #793ed8ca
 import csv, json, re
@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from .medline import find_revisions, medline_items
 from .records import (BrokenFile, Document, MIB, ReadReport, Skip, all_files, check_request, chunks, data_files, file_hashes, format_of, is_there,
-                              is_unicode, jsonl_items, lines, make_document, parquet_items, read_items, text_items, without_titles)
+                              is_unicode, jsonl_items, lines, make_document, parquet_items, read_items, stable_hash, text_items, without_titles)
 from .runs import UserError, resolve
 
 # %% ../nbs/02c_documents.ipynb #002f51ad
@@ -92,6 +93,7 @@ def read_hub(
     max_bad: float = 0.01,
     after: tuple[str, int] | None = None,
     titles: bool = True,                # keep records that have a title and no abstract
+    spread: bool = False,               # the files in an order of their own, not that of their names
 ) -> Iterator[Document]:
     "The documents of a public dataset, streamed."
     if key not in HUB: raise UserError(f"{key!r} is no known public dataset; one of {', '.join(HUB)} is accepted")
@@ -101,7 +103,8 @@ def read_hub(
     check_request([what], max_bad, after)
     place = hub.name if folder is None else str(resolve(folder))
     stream = open_hub(place, config, split, None if folder else hub_revision(key, config=config, revision=revision))
-    items = hub_items(stream, hub, place, after[1] if after else 0)
+    start = after[1] if after else 0
+    items = hub_items(hub_rows(stream, start, spread), hub, place, start)
     return read_items([(what, items if titles else without_titles(items))], what, report, max_bad, after)
 
 # %% ../nbs/02c_documents.ipynb #cecdabe1
@@ -146,9 +149,20 @@ def hub_revision(
     with hub_errors(HUB[key].name, f"{config or 'default'} configuration", wanted):
         return datasets.load_dataset_builder(HUB[key].name, config, revision=wanted).hash
 
+# %% ../nbs/02c_documents.ipynb #387f01bd
+def hub_rows(
+    stream,        # datasets.IterableDataset
+    start: int,    # rows that were read before
+    spread: bool,  # the files in the order of a hash of their numbers
+) -> Iterable[dict]:
+    "The rows that are still to be read."
+    if not spread: return stream.skip(start) if start else stream
+    order = sorted(range(stream.num_shards), key=lambda number: stable_hash(f"file {number}"))
+    return islice(chain.from_iterable(stream.shard(num_shards=len(order), index=number) for number in order), start, None)
+
 # %% ../nbs/02c_documents.ipynb #4a1b704b
 def hub_items(
-    stream,           # rows as dicts
+    rows: Iterable[dict],
     hub: HubSource,
     place: str,       # name on the hub, or a folder
     start: int,       # rows that were read before
@@ -160,7 +174,7 @@ def hub_items(
         return make_document(row, hub.source, hub.text, hub.id)
     position = start
     try:
-        for position, row in enumerate(stream.skip(start) if start else stream, start + 1): yield position, make(row)
+        for position, row in enumerate(rows, start + 1): yield position, make(row)
     except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise BrokenFile(f"from {place} broke off after row {position:,} ({type(error).__name__})") from None
 
@@ -205,8 +219,15 @@ def pubmedqa_document(
     text = "\n".join(f"{label.strip()}: {part.strip()}" if label else part.strip() for label, part in zip(labels, contexts))
     conclusion = fields.get("long_answer") if is_text(fields.get("long_answer")) else None
     year = fields.get("year") if is_text(fields.get("year")) and fields["year"].isdigit() else None
-    meta = {"question": question.strip(), "answer": answer, "conclusion": conclusion} | ({"year": int(year)} if year else {})
+    meta = {"question": question.strip(), "answer": answer, "conclusion": conclusion} | ({"year": int(year)} if year else {}) | synthetic(fields)
     return Document(pmid, text, "pubmedqa", meta)
+
+# %% ../nbs/02c_documents.ipynb #4c59060a
+def synthetic(
+    entry: dict,  # a question
+) -> dict:  # for `meta`
+    "The mark of a question of the built-in sample; nothing for any other."
+    return {"synthetic": True} if entry.get("synthetic") is True else {}
 
 # %% ../nbs/02c_documents.ipynb #51d84622
 def is_text(
@@ -268,7 +289,7 @@ def bioasq_document(
     ideal = entry.get("ideal_answer")
     pmids = [found[0] for d in listed(entry, "documents") if isinstance(d, str) and (found := re.search(r"\d+$", d))]
     meta = {"question": entry["body"].strip(), "type": kind, "answer": answer,
-            "ideal_answers": [ideal] if isinstance(ideal, str) else listed(entry, "ideal_answer"), "pmids": pmids}
+            "ideal_answers": [ideal] if isinstance(ideal, str) else listed(entry, "ideal_answer"), "pmids": pmids} | synthetic(entry)
     return Document(entry["id"], "\n".join(dict.fromkeys(snippets)), "bioasq", meta)
 
 def listed(entry: dict, key: str) -> list:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fingerprint', 'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'sync', 'replace_folder',
            'flatten', 'differences', 'check_run_dir', 'Run', 'read_metrics', 'made_once', 'mark_restricted',
-           'restricted', 'assigned', 'check_parameters', 'as_dict', 'given', 'recipe_from', 'check_processes',
-           'run_dir_for', 'version_of', 'environment', 'code_version']
+           'restricted', 'assigned', 'check_parameters', 'as_dict', 'given', 'mixture_asked', 'recipe_from',
+           'check_processes', 'run_dir_for', 'version_of', 'environment', 'code_version']
 
 # %% ../nbs/01b_runs.ipynb #e3d39569
 import ast, contextlib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, tempfile
@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 
 import biomamba
-from .recipe import Recipe, UserError, base_recipe, check_mixture, check_recipe, deciding, did_you_mean, ema_decay, machine_settings, progress, recipe, steps_of
+from .recipe import Recipe, UserError, base_recipe, check_mixture, check_recipe, deciding, did_you_mean, ema_decay, machine_settings, mixture_fields, progress, recipe, steps_of
 
 # %% ../nbs/01b_runs.ipynb #9e40d9fc
 def fingerprint(
@@ -258,16 +258,24 @@ def given(
     "The parameters that were given."
     return {name: value for name, value in parameters.items() if value is not None}
 
+# %% ../nbs/01b_runs.ipynb #0686dbf7
+def mixture_asked(
+    mixture: dict | str | None,  # a name, a dict, its JSON, or not given
+) -> dict:  # fields of a recipe
+    "What a run's parameter says of the mixture."
+    named = isinstance(mixture, str) and mixture and not mixture.lstrip().startswith("{")
+    return mixture_fields(mixture if named else as_dict(mixture, "mixture")) if mixture else {}
+
 # %% ../nbs/01b_runs.ipynb #f27bc790
 def recipe_from(
     scale: str,
-    mixture: dict | str | None = None,    # a dict, its JSON, or not given
+    mixture: dict | str | None = None,    # a name, shares, or shares with by, total and repeats, as a dict or its JSON
     steps: int | None = None,
     seed: int | None = None,
     overrides: dict | str | None = None,  # any other fields
 ) -> Recipe:
     "The recipe that a run's parameters ask for."
-    settings, others = given(mixture=as_dict(mixture, "mixture") or None, steps=steps, seed=seed), as_dict(overrides, "overrides")
+    settings, others = mixture_asked(mixture) | given(steps=steps, seed=seed), as_dict(overrides, "overrides")
     own = [name for name in ("scale", "mixture", "steps", "seed") if name in others]
     if own: raise UserError(f"overrides={others!r}; {own[0]} is a parameter of its own and is accepted there")
     return recipe(scale, **settings | others)
@@ -285,10 +293,11 @@ def run_dir_for(
     corpus: str | None = None, # as given
     model: str | None = None,  # as given
     processes: int = 1,
+    against: str | None = None,  # as given
 ) -> Path:
     "The folder of a run: the one that was named, or runs/<scale>[-<fingerprint of the variant>]."
     if run_dir: return resolve(str(run_dir))    # papermill reads a name like 2024 as a number
-    default, asked = recipe(recipe_asked.scale), given(corpus=corpus, model=model, processes=None if processes == 1 else processes)
+    default, asked = recipe(recipe_asked.scale), given(corpus=corpus, model=model, processes=None if processes == 1 else processes, against=against)
     variant = {} if deciding(recipe_asked) == deciding(default) else deciding(recipe_asked)
     name = recipe_asked.scale if not variant | asked else f"{recipe_asked.scale}-{fingerprint(variant | asked)[:8]}"
     return resolve(Path("runs") / name)

@@ -222,7 +222,9 @@ def _hold_out_stage(self) -> None:
     places = self.load("places")
     for name in self.order:
         left = {rank: self.left(rank) for rank in self.ranks(name)}
-        parts = split(np.concatenate([places[rank][rows] for rank, rows in left.items()]), name, self.base)
+        among = self.sources[name].held_out_among
+        eligible = None if among is None else np.concatenate(list(left.values())) < among
+        parts = split(np.concatenate([places[rank][rows] for rank, rows in left.items()]), name, self.base, eligible)
         for (rank, rows), own in zip(left.items(), np.split(parts, np.cumsum([len(rows) for rows in left.values()])[:-1])): write_array(self.path("parts", rank), own)
 
 def _training_texts(self) -> Iterator[str]:

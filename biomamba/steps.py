@@ -84,12 +84,14 @@ def split(
     places: np.ndarray,  # (documents, 2) of one source: places for the held-out sets and for the base
     source: str,
     base: bool,          # whether a base model will be made from this collection
+    among: np.ndarray | None = None,  # (documents,) which may be held out; None: any
 ) -> np.ndarray:  # (documents,) number of the part in PARTS
     "Assign every document of a source to one part, by hashes of its id."
     size, _ = held_out_size(len(places))
-    if len(places) < 2 * size + 2:
-        raise UserError(f"source '{source}' has {len(places)} documents after cleaning; the held-out sets need {size} + {size} of them and training the rest, so at least {2 * SMALL_LEAST + 2} are accepted")
     order = np.argsort(places[:, 0], kind="stable")
+    order = order if among is None else order[among[order]]
+    if len(places) < 2 * size + 2 or len(order) < 2 * size:
+        raise UserError(f"source '{source}' has {len(places)} documents after cleaning; the held-out sets need {size} + {size} of them and training the rest, so at least {2 * SMALL_LEAST + 2} are accepted")
     parts = np.where(base & (places[:, 1] < BASE_SHARE.get(source, 0.5)), PARTS.index("base"), PARTS.index("train")).astype(np.uint8)
     parts[order[-size:]], parts[order[:size]] = PARTS.index("validation"), PARTS.index("test")
     for part in ("base", "train") if base else ("train",):

@@ -19,9 +19,9 @@ from biomamba.duplicates import LEAST, shingles
 from biomamba.records import Document
 from biomamba.runs import UserError, recipe
 from biomamba.sample import sample_documents
-from biomamba.sources import Source, sample_source
+from biomamba.sources import Source, folder_source, hub_source, sample_source
 from biomamba.stages import Work
-from biomamba.steps import PARTS, Steps, train_tokenizer, wrap_tokenizer
+from biomamba.steps import PARTS, Steps, place, train_tokenizer, wrap_tokenizer
 from biomamba.storage import batches, read_stream, save_table, tokenize, write_stream
 
 HELD_OUT = ("validation", "test")
@@ -100,6 +100,51 @@ def test_what_stays_of_copies_is_the_first_in_order(tmp_path, tokenizer):
     made = make(tmp_path, {"c4": source("c4", copies + second), "pubmed": source("pubmed", first)}, tokenizer)
     assert {id for part in PARTS[1:] for id in made.documents(part, "pubmed").ids} == {d.id for d in first}
     assert {row["id"]: row["like"] for row in made.removed("c4").to_pylist()} == {c.id: f"pubmed {d.id}" for c, d in zip(copies, first)}
+
+
+def test_documents_stand_in_the_order_in_which_they_were_read(tmp_path, tokenizer):
+    "Ids, tokens and lengths, over several shards and batches; of the held-out parts in the order of their places."
+    documents = list(sample_documents("pubmed", 1_300))
+    made = make(tmp_path, {"pubmed": source("pubmed", documents[:1_100], documents[1_100:])}, tokenizer)
+    tables = {part: made.documents(part, "pubmed") for part in ("train", *HELD_OUT)}
+    read = {d.id: number for number, d in enumerate(documents)}
+    order = [read[id] for id in tables["train"].ids]
+    assert order == sorted(order) and len(order) == 1_040
+    for part in HELD_OUT: assert [place("pubmed", id) for id in tables[part].ids] == sorted(place("pubmed", id) for id in tables[part].ids)
+    for table in tables.values():
+        for row in range(0, len(table), 97):
+            assert table[row].tolist() == tokenizer.backend_tokenizer.encode(documents[read[table.ids[row]]].text, add_special_tokens=False).ids
+            assert table.bytes[row] == len(documents[read[table.ids[row]]].text.encode())
+
+
+def test_a_longer_reading_of_a_public_dataset_is_tested_on_the_same_documents(tmp_path, tokenizer, monkeypatch):
+    "What is read more goes to training; without the rule, documents would move between training and the held-out sets."
+    monkeypatch.setattr("biomamba.sources.LEAST_READ", 300)
+    monkeypatch.setattr("biomamba.sources.HELD_OUT_AMONG", 250)
+    monkeypatch.setattr("biomamba.steps.held_out_size", lambda documents: (20, False))
+    monkeypatch.setattr("biomamba.sources.read_hub", lambda name, **options: sample_documents(name, 10**9))
+    def held(n, folder, among):
+        hub = dataclasses.replace(hub_source("pubmed", n, held_out=10), held_out_among=among)
+        made = make(tmp_path / folder, {"pubmed": hub}, tokenizer)
+        assert len(made.documents("train", "pubmed")) == (260 if n == 100 else 421)
+        return [made.documents(part, "pubmed").ids for part in HELD_OUT]
+    assert hub_source("pubmed", 100).held_out_among == 250
+    assert held(100, "short", 250) == held(400, "long", 250) != held(400, "anywhere", None)
+
+
+def test_a_title_is_no_document(tmp_path, tokenizer):
+    "However long it is, in JSON lines and in XML; and the report counts it as what it is."
+    title, abstract = "A title of more than twenty words " * 4, "An abstract of more than twenty words " * 4
+    (tmp_path / "pubmed").mkdir()
+    records = [{"pmid": str(i), "title": f"{title} {i}", "abstract": None if i < 10 else f"{abstract} {' '.join(str(i * k) for k in range(30))}"} for i in range(100)]
+    (tmp_path / "pubmed" / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    article = "<PubmedArticle><MedlineCitation><PMID>{0}</PMID><Article><ArticleTitle>{1} {0}</ArticleTitle>{2}</Article></MedlineCitation></PubmedArticle>"
+    xml = "".join(article.format(1_000 + i, title, "" if i < 3 else f"<Abstract><AbstractText>{abstract} {' '.join(str(i * k) for k in range(3, 33))}</AbstractText></Abstract>") for i in range(6))
+    (tmp_path / "pubmed" / "b.xml").write_text(f"<PubmedArticleSet>{xml}</PubmedArticleSet>")
+    made = make(tmp_path, {"pubmed": folder_source(tmp_path, "pubmed")}, tokenizer, Steps(language=None, jaccard=None))
+    read = made.manifest["sources"]["pubmed"]["steps"][0]
+    assert (read["received"], read["passed"], read["reasons"]) == (106, 93, {"a title without abstract": 13})
+    assert "titles" in made.manifest["sources"]["pubmed"]["origin"]
 
 
 # ---------------------------------------------------------------- the name of a corpus

@@ -7,10 +7,16 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
-from biomamba.runs import UserError
+from biomamba.building import build
+from biomamba.contamination import EvaluationSet, evaluation_sets
+from biomamba.corpus import Corpus, note_beside
+from biomamba.records import Document
+from biomamba.runs import Recipe, UserError, recipe
 from biomamba.sample import sample_documents
+from biomamba.training import open_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 400, "max_tokens": 128, "sequences_per_step": 4,
@@ -139,6 +145,54 @@ def test_plan_only_loads_nothing(monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         run(scale="2.7b", plan_only=True)
     assert stopped.value.code == 0
+
+
+# ---------------------------------------------------------------- what it trains on
+
+def shares_of(folder: Path, unit: str) -> dict[str, float]:
+    "What the manifest of a run says of its mixture."
+    return {name: about[f"share_of_{unit}"] for name, about in json.loads((folder / "manifest.json").read_text())["mixture"].items()}
+
+
+@pytest.mark.parametrize("mixture, unit, wanted", [
+    ("80/10/10 tokens", "tokens", {"pubmed": 0.8, "c4": 0.1, "wikipedia": 0.1}),
+    ('{"shares": {"pubmed": 0.2, "c4": 0.2, "wikipedia": 0.6}, "by": "documents", "total": 20, "repeats": {"wikipedia": 2}}', "documents", {"pubmed": 0.2, "c4": 0.2, "wikipedia": 0.6})])
+def test_a_mixture_reaches_the_training(texts, tmp_path, mixture, unit, wanted):
+    "The training opens its corpus anew, from the recipe in the run folder: it has the run's fingerprint and the shares that were asked for."
+    folder = tmp_path / "run"
+    names = run(scale="tiny", corpus=str(texts), run_dir=str(folder), mixture=mixture, steps=2, overrides=SMALL)
+    trained = open_corpus(names["collection"].folder, Recipe(**json.loads((folder / "recipe.json").read_text())["recipe"]), "train")
+    assert trained.fingerprint == results_of(folder)["corpus_fingerprint"] and trained.mixture.by == unit
+    assert shares_of(folder, unit) == pytest.approx(wanted, abs=0.05)
+    assert trained.fingerprint != Corpus(names["collection"], recipe("tiny", **SMALL | {"mixture": names["chosen"].mixture})).fingerprint
+    assert (len(np.unique(trained.index)) < len(trained)) == ("repeats" in mixture)
+
+
+@pytest.mark.slow
+def test_a_mixture_reaches_several_processes(texts, tmp_path):
+    found = [run(scale="tiny", corpus=str(texts), run_dir=str(tmp_path / str(n)), mixture="80/10/10 tokens", steps=2, processes=n, overrides=SMALL)["results"] for n in (1, 2)]
+    assert found[0]["corpus_fingerprint"] == found[1]["corpus_fingerprint"]
+    assert found[0]["training"]["best_validation_loss"]["selection"] == pytest.approx(found[1]["training"]["best_validation_loss"]["selection"], rel=1e-5)
+
+
+def test_a_built_corpus_is_trained_on_and_scores_know_what_was_kept_out(texts, tmp_path):
+    met, unmet = (EvaluationSet(name, [Document("1", next(sample_documents("pubmed", 1, start=i)).text, "exam")]) for i, name in enumerate(("met", "unmet")))
+    (tmp_path / "exam" / "met").mkdir(parents=True)
+    (tmp_path / "exam" / "met" / "a.jsonl").write_text(json.dumps({"id": "1", "text": met.documents[0].text}) + "\n")
+    build(texts, tmp_path / "corpus", vocabulary=SMALL["vocabulary"], base=True, against=tmp_path / "exam")
+    asked = dict(scale="tiny", against=str(tmp_path / "exam"), steps=2, overrides=SMALL)
+    built = run(corpus=str(tmp_path / "corpus"), run_dir=str(tmp_path / "run"), **asked)
+    assert built["collection"].folder == tmp_path / "corpus"
+    [kept_out] = evaluation_sets(tmp_path / "exam")
+    assert note_beside(tmp_path / "run" / "model", kept_out) == "" and note_beside(tmp_path / "run" / "model", unmet) == "not decontaminated"
+    assert stable(run(corpus=str(texts), run_dir=str(tmp_path / "other"), **asked)["results"])["perplexity"] == stable(built["results"])["perplexity"]
+
+    file = tmp_path / "corpus" / "train" / "c4" / "data-00000-of-00001.arrow"
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))      # the change hides its time
+    refused("train/c4/data-00000-of-00001.arrow has another content", corpus=str(tmp_path / "corpus"), run_dir=str(tmp_path / "third"), **asked)
 
 
 # ---------------------------------------------------------------- mistakes

@@ -1,5 +1,5 @@
 """Readers: what goes in comes out or is counted; what is broken ends in one sentence; real files give real counts."""
-import bz2, contextlib, functools, gzip, io, json, os, re, subprocess, sys, tempfile
+import bz2, contextlib, functools, gzip, io, itertools, json, os, re, subprocess, sys, tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -468,6 +468,20 @@ def test_public_datasets_as_parquet(tmp_path, key, columns, id, text):
     local, = read_documents(tmp_path / "data", documents.HUB[key].source)
     assert (found.id, found.text) == (id, text) == (local.id, local.text)
     if text == "T.": assert found.meta["abstract"] is False and "1 × a title without abstract" in refusal(lambda: read_hub(key, folder=tmp_path, titles=False))
+
+
+def test_a_part_of_a_public_dataset_is_taken_from_files_of_any_age(tmp_path):
+    "File after file in an order of its own: a longer reading begins with a shorter one, and may go on behind any row."
+    copy = hub_copy(tmp_path, "wikipedia")
+    (copy / "20231101.en/train-00000-of-00001.parquet").unlink()
+    for i in range(12): pq.write_table(pa.table({"id": [f"{i}-{k}" for k in range(3)], "text": ["An article."] * 3}), copy / f"20231101.en/train-{i:05d}-of-00012.parquet")
+    def ids(**options): return [d.id for d in read_hub("wikipedia", folder=copy, **options)]
+    plain, found, report = ids(), ids(spread=True), ReadReport()
+    assert sorted(found) == sorted(plain) and found != plain == [f"{i}-{k}" for i in range(12) for k in range(3)]
+    assert [id[-1] for id in found] == list("012") * 12, "a file is read to its end before the next"
+    first = list(itertools.islice(read_hub("wikipedia", folder=copy, spread=True, report=report), 10))
+    assert [d.id for d in first] + ids(spread=True, after=report.position) == found
+    assert len({id.split("-")[0] for id in found[:12]} & {"0", "1", "2", "3"}) < 4, "the first third is not the oldest files"
 
 
 def test_a_public_dataset_goes_on_behind_a_position(tmp_path):
