@@ -41,7 +41,7 @@ gate: setup ## exported modules, README, stored outputs: all belong to the noteb
 test-notebooks: setup ## run every cell of the library notebooks
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --file_re "$$($(NOTEBOOKS) library)" --n_workers 2 --do_print
 
-oracles: setup ## add upstream's kernels, with which the tests compare
+oracles: setup ## add upstream's kernels and the trackers, which only the tests want
 	@if [[ $$(uname -s) == Linux ]]; then .ci/setup "$(PYTHON)" "$(abspath $(VENV))" oracles; fi
 
 test-fast: oracles ## pytest, without the slow tests

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'MOMENTS', 'COUNTERS', 'State', 'whole', 'tensors_of', 'checkpoint_path', 'checkpoint_steps', 'checksum',
            'best_of', 'forget', 'what_stands', 'telling_of_the_disk', 'not_written', 'check_room', 'save_checkpoint',
-           'flaw', 'set_aside', 'newest_sound', 'restore', 'like']
+           'flaw', 'set_aside', 'newest_sound', 'best_that_stands', 'restore', 'like']
 
 # %% ../nbs/09b_checkpointing.ipynb #34967b86
-import contextlib, errno, hashlib, json, logging, os, shutil
+import contextlib, errno, functools, hashlib, json, logging, os, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,20 +45,23 @@ COUNTERS = ("step", "tokens", "documents", "seconds", "non_finite", "in_a_row", 
 
 def whole(
     tensor: torch.Tensor,  # may be a DTensor: then every process takes part
-) -> torch.Tensor:  # on the CPU
+    keep: bool = True,     # False: this process only gives its part
+) -> torch.Tensor | None:  # on the CPU
     "A tensor with all its parts."
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().contiguous().cpu()
+    parts = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return parts.detach().contiguous().cpu() if keep else None
 
 # %% ../nbs/09b_checkpointing.ipynb #dc9b3928
 def tensors_of(
     state: State,
+    keep: bool = True,  # False: this process only gives its parts
 ) -> dict:  # name → tensor
     "Every tensor of a state under a name of its own."
     named = dict(state.model.named_parameters())
     out = {f"model.{name}": p for name, p in named.items()} | {f"average.{name}": t for name, t in state.average.shadow.items()}
     for name, p in named.items():
         if p in state.optimizer.state: out |= {f"{m}.{name}": state.optimizer.state[p][m] for m in MOMENTS}
-    return {name: whole(t) for name, t in out.items()}
+    return {name: tensor for name, t in out.items() if (tensor := whole(t, keep)) is not None}
 
 # %% ../nbs/09b_checkpointing.ipynb #34e29b26
 def checkpoint_path(
@@ -138,7 +141,7 @@ def save_checkpoint(
     writes: bool = True,  # False: this process only gives its part of the tensors
 ) -> None:
     "Write a checkpoint with its checksums; then forget older ones."
-    tensors = tensors_of(state)
+    tensors = tensors_of(state, writes)
     if not writes: return
     check_room(state, run, sum(t.nbytes for t in tensors.values()))
     try:
@@ -175,17 +178,29 @@ def set_aside(
 def newest_sound(
     run: Run,
 ) -> int | None:  # its step; None: there is none
-    "The newest checkpoint that verifies; the others are set aside with a warning."
-    for step in reversed(checkpoint_steps(run)):
-        wrong = flaw(checkpoint_path(run, step))
-        best = None if wrong else best_of(run, step)
-        if best not in (None, step): wrong = flaw(checkpoint_path(run, best))
-        if not wrong:
-            logger.info("%r goes on from the checkpoint of step %d, whose checksums are right", run, step)
-            return step
-        logger.warning("The checkpoint of step %d is set aside: %s", step, wrong)
-        set_aside(checkpoint_path(run, step))
-    return None
+    "The newest checkpoint that verifies, if possible with the best that it knows; those that stand in its way are set aside with a warning."
+    look, newest = functools.cache(lambda step: flaw(checkpoint_path(run, step))), checkpoint_steps(run)[::-1]
+    lost = lambda step: best_of(run, step) not in (None, step) and look(best_of(run, step))     # what is wrong with the best that it knows
+    taken = next((step for step in newest if not look(step) and not lost(step)), None)
+    alone = taken is None and (taken := next((step for step in newest if not look(step)), None)) is not None
+    for step in newest:
+        if wrong := look(step) or (taken is not None and step > taken and lost(step)):
+            logger.warning("The checkpoint of step %d is set aside: %s", step, wrong)
+            set_aside(checkpoint_path(run, step))
+    if alone: logger.warning("The best checkpoint that step %d knows does not verify; the best of those that stand takes its place", taken)
+    if taken is not None: logger.info("%r goes on from the checkpoint of step %d, whose checksums are right", run, taken)
+    return taken
+
+# %% ../nbs/09b_checkpointing.ipynb #b22d2cf3
+def best_that_stands(
+    run: Run,
+    step: int,  # of the newest checkpoint
+) -> dict:  # step and validation losses; empty: none was validated
+    "The checkpoint of lowest validation loss among those in the run folder."
+    logged = {line["step"]: line["validation_loss"] for line in run.metrics if "validation_loss" in line}
+    steps = [s for s in checkpoint_steps(run) if s <= step and s in logged]
+    best = min(steps, key=lambda s: logged[s]["selection"], default=None)
+    return {} if best is None else {"step": best, "loss": logged[best]}
 
 # %% ../nbs/09b_checkpointing.ipynb #7ef2b653
 def restore(
@@ -196,6 +211,7 @@ def restore(
     "Take up a checkpoint."
     tensors, folder = load_file(checkpoint_path(run, step) / "state.safetensors"), checkpoint_path(run, step)
     for name, value in json.loads((folder / "state.json").read_text()).items(): setattr(state, name, value)
+    if state.best and not checkpoint_path(run, state.best["step"]).exists(): state.best = best_that_stands(run, step)
     with torch.no_grad():
         for name, p in state.model.named_parameters():
             p.copy_(like(tensors[f"model.{name}"], p)); state.average.shadow[name].copy_(like(tensors[f"average.{name}"], p))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'sync', 'replace_folder',
-           'flatten', 'differences', 'check_run_dir', 'Run', 'read_metrics', 'made_once', 'mark_restricted',
+           'flatten', 'differences', 'same_run', 'check_run_dir', 'Run', 'read_metrics', 'made_once', 'mark_restricted',
            'restricted', 'assigned', 'check_parameters', 'as_dict', 'given', 'mixture_asked', 'recipe_from',
-           'check_processes', 'run_dir_for', 'version_of', 'environment', 'code_version']
+           'check_processes', 'spelled', 'run_dir_for', 'version_of', 'environment', 'code_version']
 
 # %% ../nbs/01b_runs.ipynb #e3d39569
 import ast, contextlib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, tempfile
@@ -116,6 +116,16 @@ def differences(
     shown = [f"{k} is {old.get(k)!r} there and {new.get(k)!r} here" for k in keys[:3]]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
 
+# %% ../nbs/01b_runs.ipynb #62e40683
+def same_run(
+    there: dict,  # the identity in the folder
+    here: dict,   # the identity that is asked for
+) -> bool:
+    "Whether two identities are one run's: a run may go on with other processes, and its base model is its weights, however it is called."
+    same_weights = "weights_sha256" in here and here["weights_sha256"] == there.get("weights_sha256")
+    free = {"processes": None} | ({"model": None} if same_weights else {})
+    return there | free == here | free
+
 # %% ../nbs/01b_runs.ipynb #a4e38c18
 def check_run_dir(
     folder: Path,  # absolute
@@ -142,7 +152,7 @@ class Run:
         check_run_dir(self.folder)
         if path.exists():
             there = json.loads(path.read_text())
-            if there | {"processes": None} != self.identity | {"processes": None}:     # a run may go on with more of them
+            if not same_run(there, self.identity):
                 raise UserError(f"run_dir {self.folder} belongs to another run: {differences(there, self.identity)}; "
                                 "another run_dir, or that folder removed, is accepted")
         else: write_atomic(path, json.dumps(self.identity, indent=1))
@@ -286,6 +296,15 @@ def check_processes(
     "Raise `UserError` for a number of processes that cannot be started."
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1: raise UserError(f"processes={processes!r}; a whole number from 1 is accepted")
 
+# %% ../nbs/01b_runs.ipynb #bbdaca2e
+def spelled(
+    path: str | None,  # a folder, a hub name, "sample", or nothing
+) -> str | None:
+    "One spelling for every way to name a folder of this machine: from the project where it lies in it, else absolute; other words as they are."
+    if path is None or not resolve(path).exists(): return path
+    inside = resolve(path).is_relative_to(project_root().resolve())
+    return str(resolve(path).relative_to(project_root().resolve()) if inside else resolve(path))
+
 # %% ../nbs/01b_runs.ipynb #936b11e8
 def run_dir_for(
     run_dir: str | None,       # as given
@@ -297,10 +316,11 @@ def run_dir_for(
 ) -> Path:
     "The folder of a run: the one that was named, or runs/<scale>[-<fingerprint of the variant>]."
     if run_dir: return resolve(str(run_dir))    # papermill reads a name like 2024 as a number
-    default, asked = recipe(recipe_asked.scale), given(corpus=corpus, model=model, processes=None if processes == 1 else processes, against=against)
+    default, several = recipe(recipe_asked.scale), None if processes == 1 else processes
     variant = {} if deciding(recipe_asked) == deciding(default) else deciding(recipe_asked)
-    name = recipe_asked.scale if not variant | asked else f"{recipe_asked.scale}-{fingerprint(variant | asked)[:8]}"
-    return resolve(Path("runs") / name)
+    asked = [variant | given(corpus=of(corpus), model=of(model), processes=several, against=against) for of in (lambda path: path, spelled)]
+    folders = [resolve(Path("runs") / (f"{recipe_asked.scale}-{fingerprint(how)[:8]}" if how else recipe_asked.scale)) for how in asked]
+    return folders[0] if folders[0].exists() else folders[1]    # what was made under the words as they were typed is found again
 
 # %% ../nbs/01b_runs.ipynb #4c147256
 def version_of(

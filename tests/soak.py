@@ -2,7 +2,8 @@
 
 Each of KILLS runs of a tiny model is ended by SIGKILL at a random moment, started again, and compared with one that was
 never killed: the exported weights, the last checkpoint (weights, average and both moments) and the metrics, times aside.
-Half of the moments are drawn from the clock, half lie in a step, an evaluation, the writing of a checkpoint or the export.
+Half of the moments are drawn from the clock, half lie in a step, an evaluation, the writing of a checkpoint or the export;
+twenty kills meet each of these places.
 """
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 PLACES = {  # function → how often a run calls it, at least
@@ -29,12 +31,12 @@ def found(folder: Path) -> dict:
     return files | {"checkpoint": last.name, "metrics": metrics, "summary": summary}
 
 
-def moment(rng: random.Random, seconds: float) -> dict:
-    "When to kill: by the clock, or around a call."
-    if rng.random() < 0.5:
-        return {"kill_after": rng.uniform(0.1, 1.0) * seconds}
-    place = rng.choice(list(PLACES))
-    return {"kill": [place, rng.randint(1, PLACES[place]), rng.random() < 0.5]}
+def moments(rng: random.Random, seconds: float) -> Iterator[dict]:
+    "When to kill, without end: by the clock and around a call in turns, and around a call of each place before any comes twice."
+    while True:
+        for place in rng.sample(list(PLACES), len(PLACES)):
+            yield {"kill_after": rng.uniform(0.1, 1.0) * seconds}
+            yield {"kill": [place, rng.randint(1, PLACES[place]), rng.random() < 0.5]}
 
 
 def soak(folder: Path, arguments: list[str], kills: int, seed: int = 0) -> list[dict]:  # per kill: moment, identical
@@ -49,14 +51,15 @@ def soak(folder: Path, arguments: list[str], kills: int, seed: int = 0) -> list[
     undisturbed = job("whole")
     assert undisturbed["codes"] == [0], undisturbed["errors"]
     whole = found(folder / "whole")
-    while len(results) < kills:
-        name, when = f"run-{len(results)}-{rng.randrange(10**6)}", moment(rng, undisturbed["seconds"])
+    for when in moments(rng, undisturbed["seconds"]):
+        name = f"run-{len(results)}-{rng.randrange(10**6)}"
         if job(name, **when)["codes"] == [0]:
             continue                                    # it was over before that moment: another one
         again = job(name)
         assert again["codes"] == [0], again["errors"]
         results.append({"moment": when, "identical": found(folder / name) == whole})
-    return results
+        if len(results) == kills:
+            return results
 
 
 def small_run(folder: Path) -> list[str]:  # the arguments of a training process after its run folder

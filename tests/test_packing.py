@@ -35,7 +35,7 @@ def loss_and_gradients(batches, tokens, dtype=torch.float32):
 def assert_equal(one, other):
     assert abs(one[0] - other[0]) < 1e-5
     for name, grad in one[1].items():
-        assert (grad - other[1][name]).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
+        assert (grad - other[1][name]).abs().max() <= 1e-5 * grad.abs().max() + 1e-11, name     # of a parameter's own largest: those of dt_bias are 1e-6
 
 
 LENGTHS = [[1, 2, 40, 128, 127, 5, 5, 90], list(range(1, 30)), [128] * 3, [1]]
