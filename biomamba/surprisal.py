@@ -82,7 +82,7 @@ def _lines(s: Surprisal) -> list[tuple[str, ...]]:  # cells of equal width
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [tuple(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows]
 
-# %% ../nbs/08c_surprisal.ipynb #689dc435
+# %% ../nbs/08c_surprisal.ipynb #e3b3b764
 STEPS = (1.0, 2.0, 4.0)   # bits of change from which the three shades begin
 BETTER = (("#e1ecf7", "1px solid #08519c"), ("#a6cbe6", "2px solid #08519c"), ("#6aaed6", "3px solid #08306b"))
 WORSE = (("#fdebd8", "1px dashed #8c2d04"), ("#fdc48a", "2px dashed #8c2d04"), ("#f5994e", "3px dashed #7f2704"))
@@ -94,17 +94,17 @@ def shade(
     level = sum(abs(change) >= step for step in STEPS)
     if not level or math.isnan(change): return ""
     background, line = (BETTER if change < 0 else WORSE)[level - 1]
-    return f"background:{background};border-bottom:{line}"
+    return f"background:{background};border-bottom:{line}" + (";font-style:italic" if change > 0 else "")
 
-# %% ../nbs/08c_surprisal.ipynb #2144d339
+# %% ../nbs/08c_surprisal.ipynb #5ad78a84
 def _cell(text: str, base: float, adapted: float) -> str:
     "A cell as HTML."
     look, shown = shade(adapted - base), html.escape(text).replace("\n", "↵<br>" if not text.strip() else "<br>")
-    return f'<span title="{base:.1f} → {adapted:.1f} bits"{f""" style="{look}" """.rstrip() if look else ""}>{shown}</span>'
+    return f'<span title="{base:.1f} → {adapted:.1f}"{f""" style="{look}" """.rstrip() if look else ""}>{shown}</span>'
 
 def _legend(names: tuple[str, str]) -> str:
     "What the colours mean, as HTML."
-    chip = lambda change, words: f'<span style="{shade(change)};padding:0 .4em">{words}</span>'
+    chip = lambda change, words: f'<span style="{shade(change)};padding:0 .4em;white-space:nowrap">{words}</span>'
     ranges = [f"{a:g}–{b:g} bits" for a, b in zip(STEPS, STEPS[1:])] + [f"over {STEPS[-1]:g} bits"]
     of = lambda sign: " ".join(chip(sign * step, words) for step, words in zip(STEPS, ranges))
     return f"Under <i>{html.escape(names[1])}</i> against <i>{html.escape(names[0])}</i>, foreseen better by {of(-1)}; worse by {of(1)}"
