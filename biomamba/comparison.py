@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Candidate', 'start_of', 'candidate', 'open_model', 'encode', 'round_trips', 'fits', 'cut', 'batch_nats',
-           'Texts', 'score_texts', 'bits_per_byte', 'plain', 'describe', 'compare']
+           'Texts', 'score_texts', 'bits_per_byte', 'plain', 'describe', 'compare', 'models_asked']
 
 # %% ../nbs/08e_comparison.ipynb #78a239f9
 import contextlib, json, math
@@ -159,7 +159,7 @@ def batch_nats(
         nats.append(float(sum(parts)))
     return nats
 
-# %% ../nbs/08e_comparison.ipynb #1bb001b0
+# %% ../nbs/08e_comparison.ipynb #e95f9b02
 class Texts(list):
     "Token arrays that know the bytes of their texts."
     bytes: np.ndarray
@@ -170,11 +170,12 @@ def score_texts(
     texts: list[str],           # as they were cut
     batch_tokens: int = 4096,   # in one forward pass
     precision: str = "fp32",
+    window: int | None = None,  # of a Mamba-2: only that many tokens of each text
 ) -> Scores:
     "The loss of each text under a model with its own tokenizer."
     made = Texts(np.array(encode(c, text)) for text in texts)
     made.bytes = np.array([len(text.encode()) for text in texts])
-    if c.mamba: return score(model, made, recipe("tiny", micro_batch_tokens=batch_tokens, precision=precision), desc=c.name)
+    if c.mamba: return score(model, made, recipe("tiny", micro_batch_tokens=batch_tokens, precision=precision), window, c.name)
     nats, order, at = np.zeros(len(made)), sorted(range(len(made)), key=lambda i: -len(made[i])), 0
     with progress(total=len(order), desc=c.name, unit=" texts") as bar:
         while at < len(order):
@@ -239,3 +240,16 @@ def _cut_counts(before: list[str], after: list[str]) -> dict:
     characters = [sum(map(len, some)) for some in (before, after)]
     return {"texts": len(after), "cut": sum(len(a) < len(b) for a, b in zip(after, before)), "characters": characters[1], "share": characters[1] / characters[0],
             "bytes": sum(len(text.encode()) for text in after)}
+
+# %% ../nbs/08e_comparison.ipynb #24d9ea52
+def models_asked(
+    models: str | list[str],              # "published", or names and folders, in a list or between blanks
+    ours: str | list[str] | None = None,  # models that come before them
+) -> dict[str, str | None]:  # name → where it lies; None: what the name says
+    "The models that parameters name; the first is what the others are compared with."
+    split = lambda names: names.split() if isinstance(names, str) else list(names or [])
+    asked = list(PUBLISHED) if models == "published" else split(models)
+    named = split(ours) + asked
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice: raise UserError(f"the model {twice} is named twice; each once is accepted")
+    return dict.fromkeys(named)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scored_sequence', 'row_groups', 'policy', 'Scores', 'autocast', 'piecewise_losses', 'score', 'document_sums',
-           'Perplexity', 'perplexity', 'Change', 'change']
+           'document_losses', 'Perplexity', 'perplexity', 'Change', 'change']
 
 # %% ../nbs/08b_perplexity.ipynb #fb87d689
 import math
@@ -121,6 +121,15 @@ def document_sums(
         losses = model(input_ids=batch.input_ids, seq_idx=batch.seq_idx, targets=batch.targets, reduction="none").loss
     losses, numbers = losses.double().cpu().numpy(), batch.seq_idx.cpu().numpy()
     return [np.bincount(n, weights=row) for n, row in zip(numbers, losses)]
+
+# %% ../nbs/08b_perplexity.ipynb #c7dd9eb5
+def document_losses(
+    model: torch.nn.Module,
+    tokens: np.ndarray,         # (length,) ids of a document
+    recipe: Recipe,             # its micro_batch_tokens and precision
+) -> np.ndarray:  # (length,) nats, float64
+    "The loss of each token of one document, whole."
+    return piecewise_losses(model.eval(), scored_sequence(tokens), recipe.micro_batch_tokens, recipe.precision)
 
 # %% ../nbs/08b_perplexity.ipynb #2650e94e
 def _document_nats(
