@@ -132,9 +132,9 @@ def to_state_spaces(
     if tied: out["lm_head.weight"] = out["backbone.embedding.weight"]
     return out
 
-# %% ../nbs/06c_checkpoints.ipynb #ca2dc4a1
+# %% ../nbs/06c_checkpoints.ipynb #1b30fe31
 FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"]
 TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the published checkpoints were trained with; their folders hold none
 
 # %% ../nbs/06c_checkpoints.ipynb #ee6c1f8e

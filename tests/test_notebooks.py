@@ -22,6 +22,7 @@ SMALL_MODEL = {
 # The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run.
 SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
+    "12_compare": {"corpus": "TEXTS", "documents": 3, "run_dir": "RUN"},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
 }
 SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
@@ -104,6 +105,17 @@ def test_learning_curves_runs_once_with_its_smallest_parameters(finished, tmp_pa
         made.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert {"learning_curves.svg", "small-learning_curve.png", "small.json"} <= set(made[0])
     assert made[0] == made[1], "the same results must give the same bytes"
+
+
+def test_compare_runs_once_with_its_smallest_parameters(texts, tmp_path):
+    given = SMALLEST["12_compare"] | {"run_dir": str(tmp_path / "compare"), "corpus": texts}
+    nb = run(ROOT / "nbs" / "12_compare.ipynb", tmp_path / "out.ipynb", **given)
+    results = json.loads((tmp_path / "compare" / "results.json").read_text())
+    assert len(results["models"]) == 8 and all(name.endswith("(stand-in)") for name in results["models"])
+    assert {about["documents"] for model in results["models"].values() for about in model["sets"].values()} == {3}
+    assert (tmp_path / "compare" / "figures" / "bits_per_byte.png").stat().st_size > 5_000
+    shown = "".join(output.data.get("text/markdown", "") for cell in nb.cells for output in cell.get("outputs", []) if "data" in output)
+    assert "| BioGPT (stand-in) |" in shown and "15.09" in shown and "104.62" in shown
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)

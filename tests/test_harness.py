@@ -1,0 +1,58 @@
+"lm-evaluation-harness, where it is installed, gives our bits per byte on an exported model, offline."
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from biomamba.checkpoints import save_model
+from biomamba.comparison import candidate, open_model, score_texts
+from biomamba.harness import VERSION, lm_eval_tasks
+from biomamba.heldout import test_texts as texts_of
+from biomamba.mamba2 import mamba2_config, new_model
+from biomamba.perplexity import perplexity
+from biomamba.runs import UserError, recipe
+from biomamba.steps import train_tokenizer, wrap_tokenizer
+
+SOURCES = ("pubmed", "c4", "wikipedia")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason=f"lm-eval is not installed: pip install 'lm_eval[hf]=={VERSION}'")
+def test_the_harness_gives_our_numbers(tmp_path):
+    if version("lm_eval") != VERSION:
+        pytest.skip(f"lm-eval {version('lm_eval')} is installed and the task files were tried with {VERSION}")
+    texts = {s: [t[:900] for t in some] for s, some in texts_of("sample", documents=3).items()}
+    tokenizer = wrap_tokenizer(train_tokenizer([t for some in texts.values() for t in some], 500))
+    save_model(new_model(mamba2_config(recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=500)), 0), tmp_path / "model", tokenizer)
+    lm_eval_tasks(str(tmp_path / "tasks"), documents=3, characters=900)
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32,device=cpu", "--include_path", str(tmp_path / "tasks"),
+               "--tasks", ",".join(f"biomamba_{s}" for s in SOURCES), "--output_path", str(tmp_path / "out"), "--batch_size", "1", "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [written] = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"]
+    c = candidate("ours", tmp_path / "model")
+    model = open_model(c)
+    for s in SOURCES:
+        ours = perplexity(score_texts(c, model, texts[s])).bits_per_byte
+        assert math.isclose(theirs[f"biomamba_{s}"]["bits_per_byte,none"], ours, rel_tol=1e-5), s
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="thesis.txt, which is no task file"):
+        lm_eval_tasks(str(tmp_path), documents=2)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_written_again_the_folder_is_the_same(tmp_path):
+    first = lm_eval_tasks(str(tmp_path / "tasks"), sources=["c4"], documents=2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "tasks").iterdir()}
+    assert lm_eval_tasks(str(tmp_path / "tasks"), sources=["c4"], documents=2) == first
+    assert {p.name: p.read_bytes() for p in (tmp_path / "tasks").iterdir()} == before and "biomamba_c4" in first
