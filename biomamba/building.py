@@ -49,23 +49,29 @@ def _length_table(self) -> str:
         rows.append([name, len(lengths), int(lengths.sum()), round(float(lengths.mean())), *(int(q) for q in np.quantile(lengths, [0.1, 0.5, 0.9, 0.99])), int(lengths.max())])
     return markdown_table(["training documents of", "documents", "tokens", "mean length", "10 %", "median", "90 %", "99 %", "longest"], rows)
 
+def _hits(self) -> list[tuple]:  # evaluation set, its document, how they meet, the removed document
+    "Every meeting of a document with an evaluation document; a document may meet several."
+    met = [row for row in self.removed if row["step"] == "decontamination"]
+    return [(*hit.split("\t"), f"{row['source']} {row['id']}") for row in met for hit in row["like"].split("\n")]
+
 def _contamination_table(self) -> str:
     "What was found of each evaluation set, and where."
     rows = []
     for name, about in self.corpus.collection.manifest["decontaminated_against"].items():
-        hits = [row for row in self.removed if row["step"] == "decontamination" and row["like"].split(" ", 1)[0] == name]
-        pairs = "; ".join(f"{row['source']} {row['id']} = {row['like'].split(' ', 1)[1]}" for row in hits[:5])
-        rows.append([name, about["documents"], len(hits), sum(row["why"].endswith("by id") for row in hits), pairs + ("; …" if len(hits) > 5 else "")])
+        hits = [hit[1:] for hit in self.hits if hit[0] == name]
+        pairs = list(dict.fromkeys(f"{document} = {evaluation}" for evaluation, _, document in hits))
+        met, by_id = ({document for _, how, document in hits if how in ways} for ways in ({how for _, how, _ in hits}, {"id"}))
+        rows.append([name, about["documents"], len(met), len(by_id), "; ".join(pairs[:5]) + ("; …" if len(pairs) > 5 else "")])
     return markdown_table(["evaluation set", "its documents", "removed", "by id", "which = evaluation document"], rows) if rows else "No evaluation set was named: nothing was decontaminated."
 
-Report.length_table, Report.contamination_table = property(_length_table), property(_contamination_table)
+Report.length_table, Report.hits, Report.contamination_table = property(_length_table), property(_hits), property(_contamination_table)
 
 # %% ../nbs/04k_building.ipynb #b6de35de
 def _examples(self) -> str:
     "A removed document for each reason, by id; texts are not shown."
     first = {}
     for row in self.removed: first.setdefault((row["step"], row["why"]), row)
-    rows = [[step, why, f"{row['source']} {row['id']}", row["like"], f"{row['detail']:.2f}" if row["detail"] else ""] for (step, why), row in first.items()]
+    rows = [[step, why, f"{row['source']} {row['id']}", row["like"].replace("\t", " ").replace("\n", "; "), f"{row['detail']:.2f}" if row["detail"] else ""] for (step, why), row in first.items()]
     return markdown_table(["step", "why", "for example", "because of", "shared"], rows[:20]) if rows else "No document was removed."
 
 def _report_markdown(self) -> str:

@@ -8,7 +8,7 @@ __all__ = ['SEQUENCE', 'UNITS', 'MIXTURES', 'slice_starts', 'with_ends', 'sequen
            'note_beside', 'markdown_table']
 
 # %% ../nbs/04j_corpus.ipynb #bdfd96d3
-import dataclasses, hashlib, io, json
+import dataclasses, hashlib, io, json, re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -246,11 +246,12 @@ def note_beside(
 # %% ../nbs/04j_corpus.ipynb #f3866376
 def markdown_table(
     header: list[str],
-    rows: list[list],   # numbers are aligned to the right
+    rows: list[list],   # numbers, and texts that are numbers, are aligned to the right
 ) -> str:
     "A table in Markdown; whole numbers with separators."
     cell = lambda value: f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
-    right = [bool(rows) and isinstance(rows[0][i], (int, float)) or i > 0 and not rows for i in range(len(header))]
+    number = lambda value: re.fullmatch(r"[\d.,]+%?", str(value)) is not None
+    right = [number(rows[0][i]) if rows else i > 0 for i in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["--:" if r else "---" for r in right], *(list(map(cell, row)) for row in rows)))
 
 # %% ../nbs/04j_corpus.ipynb #805a1eec

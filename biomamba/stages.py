@@ -198,7 +198,8 @@ def uncontaminated(
     "A document that meets no evaluation set."
     hits = contamination_index(path, words).find(document)
     if not hits: return document
-    return Removed(f"in {hits[0].set_name} by {hits[0].how}", f"{hits[0].set_name} {hits[0].evaluation_id}", hits[0].shared)
+    met = "\n".join("\t".join((hit.set_name, hit.evaluation_id, hit.how)) for hit in hits)
+    return Removed(f"in {hits[0].set_name} by {hits[0].how}", met, hits[0].shared)
 
 # %% ../nbs/04h_stages.ipynb #c5f0ee28
 def _decontaminate_stage(self, against: list[EvaluationSet]) -> None:

@@ -59,7 +59,7 @@ def test_two_workers_make_the_same_corpus(one, tmp_path):
 @pytest.mark.slow
 def test_ray_makes_the_same_corpus(one, tmp_path):
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("Ray is not installed: it belongs to no requirement, `pip install ray` brings it")
+        pytest.skip("Ray is not installed: the extra `ray` brings it, and so does `make oracles`")
     command = [sys.executable, __file__, str(tmp_path), "ray", "2"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_memory_monitor_refresh_ms": "0"}, timeout=300)
     other = Collection(tmp_path / "corpus")
@@ -97,6 +97,26 @@ def test_a_build_that_was_killed_goes_on(one, tmp_path):
     other = Collection(tmp_path / "corpus")
     assert other.fingerprint == one.fingerprint and content(other) == content(one)
     assert not list(tmp_path.glob(".corpus.*/")) and not (tmp_path / "work").exists()
+
+
+def sleep(folder, rank):
+    (folder / f"{rank}-{os.getpid()}").touch()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="whether a process is there is read from /proc")
+def test_workers_end_with_a_build_that_is_killed(tmp_path):
+    "A worker that went on would write where the next build works."
+    code = f"from pathlib import Path; import functools, test_pipeline as t; t.run_stage(t.Engine(2), Path({str(tmp_path)!r}) / 'stage', 2, t.Do(functools.partial(t.sleep, Path({str(tmp_path)!r}))))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment, stderr=subprocess.DEVNULL)
+    while len(found := list(tmp_path.glob("[01]-*"))) < 2: assert process.poll() is None; time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    workers, began = [Path("/proc") / p.name.split("-")[1] for p in found], time.monotonic()
+    while any(p.exists() and "Z" not in (p / "stat").read_text().rsplit(")", 1)[1].split()[0] for p in workers):
+        assert time.monotonic() - began < 30, "a worker outlived its build"
+        time.sleep(0.1)
 
 
 def test_a_task_that_is_run_twice_changes_nothing(one, tmp_path, monkeypatch):
