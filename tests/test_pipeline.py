@@ -1,4 +1,5 @@
 "The engine: the same corpus from any number of workers, from Ray, and after any number of kills."
+import contextlib
 import functools
 import importlib.util
 import os
@@ -109,7 +110,7 @@ def test_workers_end_with_a_build_that_is_killed(tmp_path):
     "A worker that went on would write where the next build works."
     code = f"from pathlib import Path; import functools, test_pipeline as t; t.run_stage(t.Engine(2), Path({str(tmp_path)!r}) / 'stage', 2, t.Do(functools.partial(t.sleep, Path({str(tmp_path)!r}))))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(found := list(tmp_path.glob("[01]-*"))) < 2: assert process.poll() is None; time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -117,6 +118,7 @@ def test_workers_end_with_a_build_that_is_killed(tmp_path):
     while any(p.exists() and "Z" not in (p / "stat").read_text().rsplit(")", 1)[1].split()[0] for p in workers):
         assert time.monotonic() - began < 30, "a worker outlived its build"
         time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)      # datatrove's idle manager
 
 
 def test_a_task_that_is_run_twice_changes_nothing(one, tmp_path, monkeypatch):
