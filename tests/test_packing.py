@@ -1,6 +1,8 @@
 "Packed, padded, carried, shared out: the same documents, the same loss, the same gradient."
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from biomamba.optimizer_step import Carried, loss_of
 from biomamba.packing import best_fit, carried_batches, deal, fill, long_document_counts, micro_batches, padded_batches, step_batches, stream_batches
 from biomamba.recipe import recipe
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=400, max_tokens=128)
 
 
@@ -158,3 +161,10 @@ def test_documents_of_real_text_stay_apart_where_a_stream_joins_them(abstracts):
     cost = [sum(b.input_ids.numel() for b in batches) for batches in (packed, stream)]
     assert abs(cost[0] / cost[1] - 1) < 0.03
     assert all((b.seq_idx.max(1).values >= 1).any() for b in packed) and not any(b.seq_idx[b.targets >= 0].any() for b in stream)
+
+
+def test_the_stored_costs_of_the_layouts_are_those_of_real_abstracts(abstracts):
+    if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
+    from benchmarks.layouts import WAYS, cost
+    stored = json.loads((ROOT / "benchmarks" / "layouts.json").read_text())
+    assert {name: cost(abstracts, recipe("130m", **fields)) for name, fields in WAYS.items()} == stored["costs"] and set(stored["costs"]) == set(WAYS)
