@@ -14,17 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .packing import best_fit, fill
+from .packing import best_fit, fill, inputs_and_targets
 from .runs import Recipe, UserError, progress
 from .statistics import Interval, bootstrap_ratio, paired_ratio_change
 
 # %% ../nbs/08b_perplexity.ipynb #f9a912e9
 def scored_sequence(
-    tokens: np.ndarray,          # (length,) ids of a document
+    tokens: np.ndarray,          # (length,) ids of a document; a sequence of `partly_given` stays as it is
     window: int | None = None,   # score only the first `window` tokens, as the paper does at 1,024; None: all
     start_id: int = 0,           # what the first token is predicted from
 ) -> np.ndarray:  # (scored + 1,): [:-1] goes in, [1:] is scored
     "A document with the id that it is predicted from."
+    if np.ndim(tokens) == 2: return tokens
     return np.concatenate([[start_id], tokens[:window]]).astype(np.int64)
 
 # %% ../nbs/08b_perplexity.ipynb #91fbdba8
@@ -84,10 +85,10 @@ def piecewise_losses(
 ) -> np.ndarray:  # (tokens,) nats, float64
     "The loss of each token of a text of any length, its state carried on from piece to piece."
     device, cache, losses = next(model.parameters()).device, None, []
-    ids = torch.from_numpy(sequence)[None]
+    ids, aims = (torch.from_numpy(part.copy())[None] for part in inputs_and_targets(sequence))
     for start in range(0, len(sequence) - 1, piece):
-        part = ids[:, start : start + piece + 1].to(device)
-        with autocast(precision, device): out = model(input_ids=part[:, :-1], targets=part[:, 1:], reduction="none", cache_params=cache, use_cache=True)
+        x, y = (part[:, start : start + piece].to(device) for part in (ids, aims))
+        with autocast(precision, device): out = model(input_ids=x, targets=y, reduction="none", cache_params=cache, use_cache=True)
         cache = out.cache_params
         losses.append(out.loss[0].double().cpu().numpy())
     return np.concatenate(losses) if losses else np.zeros(0)
@@ -108,7 +109,8 @@ def score(
     model.train(was_training)
     lengths, size = np.array([len(s) - 1 for s in sequences]), getattr(documents, "bytes", np.zeros(len(sequences), int))
     cut = [window is not None and n == window and len(documents[i]) > window for i, n in enumerate(lengths)]
-    return Scores(nats, lengths, np.where(cut, 0, np.asarray(size)[: len(nats)]), window)
+    scored = np.array([(inputs_and_targets(s)[1] >= 0).sum() for s in sequences])
+    return Scores(nats, scored, np.where(cut, 0, np.asarray(size)[: len(nats)]), window)
 
 # %% ../nbs/08b_perplexity.ipynb #6ed3783c
 def document_sums(
