@@ -136,12 +136,13 @@ def build(
     workers: int = 1,                # tasks at a time
     executor: str = "local",         # local, ray or slurm
     options: str | dict | None = None,  # of datatrove's executor, as JSON; slurm needs time and partition
+    restricted: str | dict | None = None,  # why sources are restricted, as JSON: '{"notes": "our ward, protocol 12"}'
 ) -> Corpus:
     "Clean, de-duplicate, decontaminate, hold out, tokenize and mix the texts of SOURCE into the folder DESTINATION."
     wanted, engine = mixture_named(mixture, by, total), Engine(workers, executor, as_dict(options, "options"))
     steps, sets = Steps(language if language != "any" else None, jaccard=jaccard if jaccard <= 1 else None), evaluation_sets(against) if against else []
     chosen = recipe("tiny", mixture=wanted.shares, long_documents=long_documents, max_tokens=max_tokens, seed=seed, vocabulary=vocabulary)
-    made = make_at(resolve(destination), named_sources(source, list(wanted.shares)), steps, tokenizer_at(tokenizer), vocabulary, sets, engine, base)
+    made = make_at(resolve(destination), named_sources(source, list(wanted.shares), as_dict(restricted, "restricted")), steps, tokenizer_at(tokenizer), vocabulary, sets, engine, base)
     corpus = Corpus(made, chosen, mixture=wanted)
     write_atomic(made.folder / "corpus.json", json.dumps(corpus.manifest, indent=1))
     write_atomic(made.folder / "README.md", f"# Corpus {corpus.fingerprint}\n\n{Report(corpus)._repr_markdown_()}\n")
@@ -165,12 +166,14 @@ def collection_asked(
     recipe: Recipe,
     tokenizer=None,              # transformers.PreTrainedTokenizerFast of the model; None: the base is made here
     against: str | None = None,  # evaluation sets that no document may meet: a file or a folder of them
+    reasons: dict = {},          # source → why it is restricted
 ) -> Collection:
     "The collection that a run's parameters ask for."
     sets, folder = evaluation_sets(against) if against else [], resolve(corpus) if corpus else None
-    if folder is None or not (folder / "manifest.json").is_file(): return open_collection(sources_of(corpus, recipe), recipe, tokenizer, against=sets)
+    if folder is None or not (folder / "manifest.json").is_file(): return open_collection(sources_of(corpus, recipe, reasons), recipe, tokenizer, against=sets)
     made = Collection(folder)
     made.verify()
+    if reasons and not made.restricted: raise UserError(f"corpus {folder} was built without a mark, and restricted={reasons!r} comes too late for it; one that was built with this restricted is accepted")
     check_fit(made, recipe, tokenizer, sets)
     return made
 

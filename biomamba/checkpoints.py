@@ -27,9 +27,10 @@ from transformers import GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreT
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.utils import logging as transformers_logging
 
+from .guards import sensitive_section
 from .mamba2 import EOS, PAD, BioMambaForCausalLM
 from .paper import SCALES
-from .runs import Recipe, UserError, did_you_mean, folder_atomic, recipe, resolve
+from .runs import Recipe, UserError, all_reasons, did_you_mean, folder_atomic, recipe, resolve, restricted, stop_telemetry, write_atomic
 
 # %% ../nbs/06c_checkpoints.ipynb #23245450
 logger = logging.getLogger(__name__)
@@ -354,6 +355,7 @@ def load_model(
     model.requires_grad_(True).config.dtype = dtype
     if (folder / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
     else: model.generation_config = generation_config(config)
+    if reason := restricted(folder): model.config.restricted = reason; stop_telemetry()
     if probe: logger.info("probe: %s and stock transformers differ by %.1e of the largest logit", folder, parity(model, folder))
     return model.eval()
 
@@ -421,9 +423,12 @@ def save_model(
     if entries > rows: raise UserError(f"the tokenizer has {entries:,} entries, the model's vocabulary only {rows:,} rows; they belong to different models")
     model.config.tokenizer_entries = entries
     model.generation_config = generation_config(model.config)
+    reason = all_reasons(getattr(model.config, "restricted", None), restricted(resolve(folder).parent))
+    if reason: model.config.restricted = reason
     with folder_atomic(resolve(folder)) as inside:
         model.save_pretrained(inside)
         tokenizer.save_pretrained(inside)
+        if reason: write_atomic(inside / "README.md", f"# A restricted model\n{sensitive_section(reason)}")
 
 # %% ../nbs/06c_checkpoints.ipynb #53c71dd6
 PROBE_TOKENS = 64         # length of the fixed sequence

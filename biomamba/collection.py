@@ -19,7 +19,7 @@ from .contamination import EvaluationSet
 from .duplicates import BANDS, HASHES, SAME_ID, SHINGLE
 from .language import ENGLISH, LEADING, READ
 from .pipeline import Engine, read_counts
-from .runs import Recipe, UserError, cache_dir, code_version, fingerprint, folder_atomic, made_once, write_atomic
+from .runs import Recipe, UserError, cache_dir, code_version, fingerprint, folder_atomic, made_once, mark_restricted, stop_telemetry, write_atomic
 from .sources import Source
 from .stages import Work
 from .steps import BASE_SHARE, HELD_OUT, PARTS, PLAIN, SMALL, SMALL_LEAST, SMALL_SHARE, Steps, held_out_size, place, tokenizer_hash
@@ -130,11 +130,13 @@ def write_collection(
     key: str,               # as `collection_key` gave it
 ) -> None:
     "Put the folder of a collection together, its manifest last."
+    if work.restricted: mark_restricted(folder, work.restricted)
     shutil.copytree(work.folder / "tokenizer", folder / "tokenizer")
     described = {name: work.describe(name, work.write_parts(name, folder)) for name in work.sources}
     for name in work.order: write_removed(work.removed(name), folder / "removed" / f"{name}.arrow")
     manifest = {"format": FORMAT, "tokenizer_sha256": tokenizer_sha256, "sources": described,
                 "decontaminated_against": {s.name: {"sha256": s.sha256, "documents": len(s.documents)} for s in against}}
+    if work.restricted: manifest["restricted"] = work.restricted
     name = fingerprint(manifest)
     write_atomic(folder / "manifest.json", json.dumps({"fingerprint": name, "key": key, **manifest, "code": code_version(), "files": describe_files(folder)}, indent=1))
 
@@ -156,6 +158,7 @@ class Collection:
         if not (self.folder / "manifest.json").is_file(): raise UserError(f"{self.folder} holds no corpus (no manifest.json); a folder that `biomamba corpus` made is accepted")
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         if "files" not in self.manifest or self.manifest["format"] != FORMAT: raise UserError(f"{self.folder} is a corpus of format {self.manifest.get('format')}; format {FORMAT} is accepted: build it again")
+        if self.restricted: stop_telemetry()
         self.verify(self.changed())
 
     def changed(self) -> set[str]:
@@ -177,6 +180,7 @@ class Collection:
 # %% ../nbs/04i_collection.ipynb #bd7a693a
 Collection.tokenizer_folder = property(lambda self: self.folder / "tokenizer")
 Collection.fingerprint = property(lambda self: self.manifest["fingerprint"])
+Collection.restricted = property(lambda self: self.manifest.get("restricted"))     # the reason
 
 def _removed_table(self, source: str):  # pyarrow.Table: step, id, why, like, detail
     "The documents of a source that a step removed; `None` where there are none."
@@ -205,6 +209,7 @@ def build_collection(
     "Run all stages that are not complete, then put the collection together; what stands there already is left alone."
     if (folder / "manifest.json").exists(): return shutil.rmtree(work.folder, ignore_errors=True)    # killed when only the work folder was left to remove
     for stale in folder.parent.glob(f".{folder.name}.*/"): shutil.rmtree(stale)    # a killed build's half-written folder
+    if work.restricted: mark_restricted(work.folder, work.restricted)
     try:
         work.read(); work.find_duplicates(); work.decontaminate(against); work.hold_out()
         sha256 = work.tokenize(tokenizer, vocabulary)

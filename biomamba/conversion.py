@@ -21,7 +21,7 @@ from transformers import Mamba2Config
 from .checkpoints import (check_checkpoint, check_dtypes, check_parity, config_to_state_spaces, find_checkpoint, generation_config, load_model,
                                   logger, probe_logits, read_config, read_weights, stock_logits, to_state_spaces)
 from .mamba2 import BioMambaForCausalLM
-from .runs import UserError, folder_atomic, progress, resolve
+from .runs import UserError, folder_atomic, inherit_mark, progress, resolve, restricted
 
 # %% ../nbs/06e_conversion.ipynb #27d75bcc
 def parts_of(
@@ -121,6 +121,7 @@ def _write(
     shard: int,               # largest file of safetensors, bytes
 ) -> None:
     "Configuration, weights and tokenizer of one format."
+    if reason := inherit_mark(folder, source): config.restricted = reason
     tensors, tied = read_weights(source, config.tie_word_embeddings), config.tie_word_embeddings
     if to == "hf":
         config.architectures, config.dtype, config.rescale_prenorm_residual = ["Mamba2ForCausalLM"], check_dtypes(found, source), False
@@ -129,7 +130,7 @@ def _write(
     else:
         (folder / "config.json").write_text(json.dumps(config_to_state_spaces(config), indent=4))
         write_state_spaces(tensors, found, tied, folder / "pytorch_model.bin")
-    for file in source.glob("*token*.json"): shutil.copyfile(file, folder / file.name)
+    for file in (*source.glob("*token*.json"), *(source.glob("README.md") if restricted(source) else ())): shutil.copyfile(file, folder / file.name)
 
 # %% ../nbs/06e_conversion.ipynb #b587b939
 def compare_folders(

@@ -277,7 +277,8 @@ def _repr_markdown_(self) -> str:
                      taken["sequences"], f"{taken['share_of_documents']:.1%}", f"{taken['share_of_tokens']:.1%}"])
     header = ["source", "present", *steps, self.part, "validation", "test", "sequences taken", "share of documents", "share of tokens"]
     against = ", ".join(manifest["decontaminated_against"]) or "no evaluation set"
+    closed = f"; restricted: {manifest['restricted']}" if "restricted" in manifest else ""
     return (f"Corpus `{self.fingerprint}`: {len(self):,} sequences, {sum(int(n.sum()) for n in self.lengths.values()):,} tokens; "
-            f"decontaminated against {against}\n\n" + markdown_table(header, rows))
+            f"decontaminated against {against}{closed}\n\n" + markdown_table(header, rows))
 
 Corpus._repr_markdown_ = Corpus.__str__ = _repr_markdown_

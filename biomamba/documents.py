@@ -6,7 +6,7 @@
 __all__ = ['HUB', 'NOTE_COLUMNS', 'read_documents', 'items_of', 'HubSource', 'read_hub', 'hub_errors', 'open_hub', 'hub_revision',
            'hub_rows', 'hub_items', 'load_json', 'unique', 'pubmedqa_document', 'synthetic', 'is_text', 'read_pubmedqa',
            'existing', 'bioasq_answer', 'bioasq_document', 'listed', 'read_bioasq', 'note_document', 'csv_rows',
-           'note_items', 'read_mimic']
+           'note_items', 'note_files', 'read_mimic']
 
 # %% ../nbs/02c_documents.ipynb #793ed8ca
 import csv, json, re
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from .guards import MIMIC, discreet
 from .medline import find_revisions, medline_items
 from .records import (BrokenFile, Document, MIB, ReadReport, Skip, all_files, check_request, chunks, data_files, file_hashes, format_of, is_there,
                               is_unicode, jsonl_items, lines, make_document, parquet_items, read_items, stable_hash, text_items, without_titles)
-from .runs import UserError, resolve
+from .runs import UserError, resolve, stop_telemetry
 
 # %% ../nbs/02c_documents.ipynb #002f51ad
 def read_documents(
@@ -321,13 +322,14 @@ NOTE_COLUMNS = ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "ch
 # %% ../nbs/02c_documents.ipynb #615db657
 def note_document(
     row: dict,  # column → text
+    restricted: bool = True,
 ) -> Document | Skip:
     "One note in MIMIC-IV-Note's columns."
     if not row["note_id"].strip() or not row["subject_id"].strip(): return Skip("no note_id or subject_id")
     if not all(map(is_unicode, row.values())): return Skip("no valid UTF-8")
     if not row["text"].strip(): return Skip("empty text", corrupt=False)
     facts = {key: row[key] or None for key in NOTE_COLUMNS[1:-1]}
-    return Document(row["note_id"].strip(), row["text"].strip(), "mimic", facts | {"restricted": True})
+    return Document(row["note_id"].strip(), row["text"].strip(), "mimic", facts | ({"restricted": True} if restricted else {}))
 
 # %% ../nbs/02c_documents.ipynb #fdec9e3e
 def csv_rows(
@@ -348,30 +350,41 @@ def csv_rows(
 # %% ../nbs/02c_documents.ipynb #b647c884
 def note_items(
     path: Path,  # discharge.csv or discharge.csv.gz
+    restricted: str | None = MIMIC,  # the reason; None: notes that anyone may see
 ) -> Iterator[tuple[int, Document | Skip]]:  # line at which a row ends
     "The notes of a file."
     header = None
-    for line, row in csv_rows(path):
-        if header is None:
-            header = [name.strip().removeprefix("\ufeff") for name in row] if isinstance(row, list) else []
-            missing = [name for name in NOTE_COLUMNS if name not in header]
-            if missing: raise BrokenFile(f"lacks the columns {', '.join(missing)} of MIMIC-IV-Note")
-        elif isinstance(row, Skip): yield line, row
-        elif len(row) != len(header): yield line, Skip(f"{len(row)} cells instead of {len(header)}")
-        else: yield line, note_document(dict(zip(header, row)))
+    with discreet(restricted, BrokenFile):
+        for line, row in csv_rows(path):
+            if header is None:
+                header = [name.strip().removeprefix("\ufeff") for name in row] if isinstance(row, list) else []
+                missing = [name for name in NOTE_COLUMNS if name not in header]
+                if missing: raise BrokenFile(f"lacks the columns {', '.join(missing)} of MIMIC-IV-Note")
+            elif isinstance(row, Skip): yield line, row
+            elif len(row) != len(header): yield line, Skip(f"{len(row)} cells instead of {len(header)}")
+            else: yield line, note_document(dict(zip(header, row)), restricted is not None)
+
+# %% ../nbs/02c_documents.ipynb #fd334cee
+def note_files(
+    path: Path,  # a folder, or a file
+) -> dict[str, Path]:  # relative name → file, sorted
+    "The files of discharge summaries in a folder."
+    return {name: file for name, file in all_files(path).items() if re.search(r"(^|/)discharge\.csv(\.gz)?$", name)}
 
 # %% ../nbs/02c_documents.ipynb #b8f76cf0
 def read_mimic(
     path: str | Path,  # discharge.csv, also .gz, or the folder that holds it
     *,
+    restricted: str | None = MIMIC,  # why its texts stay on this machine; None: they may be shown, as synthetic ones
     report: ReadReport | None = None,
     max_bad: float = 0.01,
     after: tuple[str, int] | None = None,
 ) -> Iterator[Document]:
-    "The discharge summaries of MIMIC-IV-Note; all of them restricted."
+    "The discharge summaries of MIMIC-IV-Note; restricted, unless it is said that they are not."
+    if restricted: stop_telemetry()
     path = resolve(path)
-    inside = [file for name, file in all_files(path).items() if re.search(r"(^|/)discharge\.csv(\.gz)?$", name)] if path.is_dir() else [path]
+    inside = list(note_files(path).values()) if path.is_dir() else [path]
     if not inside: raise UserError(f"{path} holds no discharge.csv or discharge.csv.gz of MIMIC-IV-Note")
     path = existing(inside[0], "discharge.csv or discharge.csv.gz of MIMIC-IV-Note")
     check_request([path.name], max_bad, after)
-    return read_items([(path.name, note_items(path))], path.name, report, max_bad, after)
+    return read_items([(path.name, note_items(path, restricted))], path.name, report, max_bad, after)

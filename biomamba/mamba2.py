@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
-from .runs import Recipe, UserError
+from .guards import refuse_upload
+from .runs import Recipe, UserError, mark_restricted
 from .ssd import causal_conv, chunk_scan, scan_step, step_sizes
 
 # %% ../nbs/06b_mamba2.ipynb #70e9585a
@@ -330,6 +331,10 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
 
     def save_pretrained(self, folder, **kwargs): _save_plain(self, folder, **kwargs)
 
+    def push_to_hub(self, *args, **kwargs):
+        refuse_upload(getattr(self.config, "restricted", None))
+        return super().push_to_hub(*args, **kwargs)
+
 # %% ../nbs/06b_mamba2.ipynb #d1864dcb
 def _head(
     model: BioMambaForCausalLM,
@@ -350,6 +355,9 @@ def _save_plain(
     **kwargs,    # of transformers' save_pretrained
 ) -> None:
     "Save under the name of transformers' class, which is what others can load."
+    reason = getattr(model.config, "restricted", None)
+    if kwargs.get("push_to_hub"): refuse_upload(reason)
+    if reason: mark_restricted(folder, reason)
     super(BioMambaForCausalLM, model).save_pretrained(folder, **kwargs)
     model.config.architectures, model.config.rescale_prenorm_residual = ["Mamba2ForCausalLM"], False
     model.config.save_pretrained(folder)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from .guards import Hidden, without_words
 from .records import Document
-from .runs import UserError, did_you_mean, write_atomic
+from .runs import UserError, did_you_mean, restricted, write_atomic
 
 # %% ../nbs/04d_pipeline.ipynb #cefbeb91
 class Removed(NamedTuple):
@@ -88,9 +89,16 @@ class Guard:
     def __call__(self, data: Iterable, rank: int = 0, world_size: int = 1) -> None:
         try: deque(data, maxlen=0)
         except BaseException as error:
-            about = {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
+            said = self.sayable(error)
+            about = {"kind": type(said).__name__, "message": str(said), "trace": traceback.format_exc() if said is error else str(said)}
             write_atomic(self.folder / "failed" / f"{rank:05d}.json", json.dumps(about))
-            raise
+            if said is error: raise
+            raise said from None
+
+    def sayable(self, error: BaseException) -> BaseException:
+        "The error; in a folder of restricted text, what may be said of it."
+        reason = restricted(self.folder)
+        return without_words(error, reason) if reason and isinstance(error, Exception) and not isinstance(error, UserError | Hidden) else error
 
     def __setstate__(self, state: dict) -> None:  # runs where a task arrives in another process
         self.__dict__.update(state)

@@ -29,7 +29,11 @@ class Document:
     id: str      # PMID, note id, or a hash of the URL or of the text
     text: str    # without surrounding white space, never empty
     source: str  # such as "pubmed", "c4", "wikipedia"
-    meta: dict = field(default_factory=dict)  # plain data: year, journal, language, title, …
+    meta: dict = field(default_factory=dict)  # plain data: year, journal, language, title, …; "restricted": True where its text may not be shown
+
+    def __repr__(self) -> str:
+        hidden = self.meta.get("restricted")
+        return f"Document(id={self.id!r}, text={f'<{len(self.text):,} characters>' if hidden else repr(self.text)}, source={self.source!r}, meta={'<hidden>' if hidden else self.meta!r})"
 
 # %% ../nbs/02a_records.ipynb #f065c397
 @dataclass(frozen=True)

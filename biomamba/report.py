@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'LOOKS', 'STYLE', 'BLOCKS', 'CARD', 'Grid', 'interval_of', 'percent', 'perplexity_table', 'seeds_table',
            'settings_table', 'style', 'save_figure', 'validation_lines', 'finding', 'learning_curve', 'sparkline',
-           'curve_text', 'find_runs', 'best_steps_table', 'learning_curves', 'published_results', 'model_card']
+           'curve_text', 'find_runs', 'best_steps_table', 'learning_curves', 'published_results', 'model_card',
+           'memorization_figure']
 
 # %% ../nbs/40_report.ipynb #c18d4b59
 import copy, glob, html, io, itertools, json, math
@@ -16,6 +17,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from .guards import sensitive_section
 from .paper import table
 from .runs import UserError, project_root, read_metrics, resolve, write_atomic
 from .statistics import Interval
@@ -272,4 +274,31 @@ def model_card(
     shares = ", ".join(f"{NAMES.get(s, s)} {share:.1%}" for s, share in mixture.items())
     return CARD.format(model=results["model"], scale=results["scale"], seed=results["seed"], corpus=results["corpus_fingerprint"], mixture=shares,
                        table=perplexity_table(results)._repr_markdown_(), synthetic="It was trained on synthetic text and knows nothing of the world.\n" if synthetic else "",
-                       **{k: training[k] for k in ("steps", "documents", "tokens", "best_step")})
+                       **{k: training[k] for k in ("steps", "documents", "tokens", "best_step")}) + sensitive_section(results.get("restricted"))
+
+# %% ../nbs/40_report.ipynb #af88df54
+def memorization_figure(
+    audit: dict,   # Audit.data()
+) -> plt.Figure:
+    "Exposure of canaries by repetitions, and extraction of training against held-out passages."
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", width_ratios=(2, 1) if audit["extraction"] else (1, 0.001))
+        names = [str(e["repetitions"]) for e in audit["exposures"]]
+        for x, e in enumerate(audit["exposures"]):
+            axes[0].plot([x + 0.3 * (k / max(1, len(e["bits"]) - 1) - 0.5) for k in range(len(e["bits"]))], e["bits"], "o", color="#0072B2", alpha=0.6)
+            axes[0].plot([x - 0.25, x + 0.25], [sum(e["bits"]) / len(e["bits"])] * 2, color="#000000")
+        axes[0].axhline(audit["exposures"][0]["ceiling"], color="#999999", linewidth=0.8, linestyle="--", label="largest measurable")
+        axes[0].axhline(1 / math.log(2), color="#D55E00", linewidth=0.8, linestyle=":", label="mean without influence")
+        axes[0].set_xticks(range(len(names)), names)
+        axes[0].set(xlabel="times planted in the training text", ylabel="exposure (bits)", title="Canaries; the bar is the mean")
+        axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0.94))
+        _extraction_bars(axes[1], audit["extraction"])
+    return figure
+
+def _extraction_bars(axis, extraction: list[dict]) -> None:
+    "Shares of passages repeated word by word, with intervals."
+    if not extraction: return axis.set_axis_off()
+    shares = [100 * e["own_repeated"] / max(1, e["own"]) for e in extraction]
+    reach = [[s - 100 * e["ci95"][0] for s, e in zip(shares, extraction)], [100 * e["ci95"][1] - s for s, e in zip(shares, extraction)]]
+    axis.bar([e["side"] for e in extraction], shares, yerr=[[max(0, v) for v in side] for side in reach], width=0.5, color=["#0072B2", "#999999"], capsize=4)
+    axis.set(ylabel="repeated word by word (%)", title="Passages, no template", ylim=(0, None))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SIZES', 'SAMPLE_SHARD', 'LEAST_READ', 'HELD_OUT_AMONG', 'FEWEST_TOKENS', 'Source', 'sample_source',
-           'folder_source', 'source_path', 'save_revisions', 'hub_source', 'documents_needed', 'sources_of',
-           'named_sources']
+           'folder_source', 'source_path', 'restrict', 'save_revisions', 'hub_source', 'documents_needed', 'sources_of',
+           'named_sources', 'check_reasons']
 
 # %% ../nbs/04e_sources.ipynb #31d4bc92
-import functools, itertools, math
+import dataclasses, functools, itertools, math
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .documents import HUB, items_of, read_hub
+from .documents import HUB, items_of, note_files, note_items, read_hub
+from .guards import MIMIC, discreet, plain_id
 from .medline import BLOCK, Revisions, find_revisions, medline_items
-from .records import FORMAT, Document, ReadReport, data_files, file_hashes, format_of, read_file, without_titles
-from .runs import Recipe, UserError, did_you_mean, fingerprint, resolve
+from .records import FORMAT, Document, ReadReport, data_files, file_hashes, format_of, read_file, stable_hash, without_titles
+from .runs import Recipe, UserError, did_you_mean, fingerprint, resolve, restricted, stop_telemetry
 from .sample import sample_document, sample_documents
 
 # %% ../nbs/04e_sources.ipynb #31950cd5
@@ -31,6 +32,9 @@ class Source:
     shards: tuple           # of functions (folder for scratch, ReadReport) → iterator of Document
     prepare: Callable[[Path], None] | None = None  # what must be known of all shards before one is read; leaves it in the scratch folder
     held_out_among: int | None = None              # held-out documents are among the first so many of its one shard that the filters leave; None: anywhere
+
+    @property
+    def restricted(self) -> str | None: return self.origin.get("restricted")   # the reason
 
     def read(self, scratch: Path | None = None) -> Iterator[Document]:
         "All documents, in order."
@@ -58,15 +62,24 @@ def sample_source(
 def folder_source(
     folder: Path,  # holds a folder of that name
     name: str,     # pubmed, c4 or wikipedia
+    reason: str | None = None,  # why it is restricted; a RESTRICTED file in its folder says so too
 ) -> Source:
-    "A source of local files: JSONL, Parquet, MEDLINE XML or text in folder/name/, or in one file of that name."
+    "A source of local files: JSONL, Parquet, MEDLINE XML, text or MIMIC-IV-Note's discharge.csv in folder/name/, or in one file of that name."
     path = source_path(Path(folder), name)
+    if notes := note_files(path): made = Source(name, {"files": file_hashes(path)}, tuple(functools.partial(_note_shard, file, place, name) for file, place in notes.items()))
+    else: made = _files_source(path, name)
+    reason = reason or restricted(path) or (MIMIC if notes else None)
+    return restrict(made, reason) if reason else made
+
+def _files_source(path: Path, name: str) -> Source:
+    "A source of the known formats."
     files = data_files(path, ReadReport())
     xml = {file: place for file, place in files.items() if format_of(file) == "xml"}
     shards = tuple(functools.partial(_file_shard, file, place, name, list(xml).index(file) + 1 if file in xml else 0) for file, place in files.items())
     origin = {"files": file_hashes(path)} | ({"titles": False} if xml else {})
     return Source(name, origin, shards, functools.partial(_find_revisions, tuple(xml.values()), name) if xml else None)
 
+# %% ../nbs/04e_sources.ipynb #d31111dc
 def source_path(
     folder: Path,
     name: str,
@@ -85,10 +98,29 @@ def _file_shard(file: str, path: Path, name: str, number: int, scratch: Path, re
     else: [(_, items)] = items_of({file: path}, name, None, None)
     return read_file(file, without_titles(items), report, max_bad=0.01, start=0)
 
+def _note_shard(file: str, path: Path, name: str, scratch: Path, report: ReadReport) -> Iterator[Document]:
+    "The discharge summaries of one file."
+    for document in read_file(file, note_items(path), report, max_bad=0.01, start=0): yield dataclasses.replace(document, source=name)
+
 def _find_revisions(paths: tuple[Path, ...], name: str, scratch: Path) -> None:
     "The first pass over the XML files of a source."
     target = scratch / f"revisions-{name}.npz"
     if not target.exists(): save_revisions(find_revisions(paths), target)
+
+# %% ../nbs/04e_sources.ipynb #b84447ae
+def restrict(
+    source: Source,
+    reason: str,   # which source, under which terms
+) -> Source:
+    "The same source, restricted."
+    stop_telemetry()
+    shards = tuple(functools.partial(_restricted_shard, shard, reason) for shard in source.shards)
+    return dataclasses.replace(source, origin=source.origin | {"restricted": reason}, shards=shards)
+
+def _restricted_shard(shard: Callable, reason: str, scratch: Path, report: ReadReport) -> Iterator[Document]:
+    "The documents of a shard, without a word in errors and ids."
+    with discreet(reason):
+        for d in shard(scratch, report): yield dataclasses.replace(d, id=plain_id(d.id, stable_hash), meta=d.meta | {"restricted": True})
 
 # %% ../nbs/04e_sources.ipynb #181dbf28
 def save_revisions(
@@ -145,22 +177,46 @@ def documents_needed(
 def sources_of(
     corpus: str | None,  # a folder with a folder per source; "sample"; None: the sample at tiny, the hub elsewhere
     recipe: Recipe,      # its mixture names the sources
+    reasons: dict = {},  # source → why it is restricted
 ) -> dict[str, Source]:
     "The sources of a recipe's mixture."
     names = list(recipe.mixture)
-    if corpus is None and recipe.checkpoint:
-        return {name: hub_source(name, documents_needed(recipe, name)) for name in names}
-    return named_sources(corpus or "sample", names)
+    if corpus is not None or not recipe.checkpoint: return named_sources(corpus or "sample", names, reasons)
+    check_reasons(reasons, names)
+    return _marked({name: hub_source(name, documents_needed(recipe, name)) for name in names}, reasons)
 
 def named_sources(
     corpus: str | Path,  # a folder with a folder per source, or "sample"
     names: list[str],
+    reasons: dict = {},  # source → why it is restricted
 ) -> dict[str, Source]:
     "The sources of these names in a folder, or in the built-in sample."
-    if str(corpus) == "sample":
-        for name in names:
-            if name not in SAMPLE_SIZES: raise UserError(f"the built-in sample has no source '{name}'{did_you_mean(name, SAMPLE_SIZES)}; it has {', '.join(SAMPLE_SIZES)}")
-        return {name: sample_source(name, SAMPLE_SIZES[name]) for name in names}
+    check_reasons(reasons, names)
+    if str(corpus) == "sample": found = {name: _of_sample(name) for name in names}
+    else: found = {name: folder_source(_corpus_folder(corpus, names), name) for name in names}
+    return _marked(found, reasons)
+
+# %% ../nbs/04e_sources.ipynb #ea4f44fe
+def check_reasons(
+    reasons: dict,       # source → why it is restricted
+    names: list[str],
+) -> None:
+    "Raise `UserError` for a mark on no source, or without a reason."
+    for name, reason in reasons.items():
+        if name not in names: raise UserError(f"restricted names the source {name!r}{did_you_mean(name, names)}; one of {', '.join(names)} is accepted")
+        if not isinstance(reason, str) or not reason.strip(): raise UserError(f"restricted has {reason!r} for the source {name!r}; a reason, such as 'notes of ward 7, protocol 12', is accepted")
+
+def _marked(sources: dict[str, Source], reasons: dict) -> dict[str, Source]:
+    "The sources, those restricted for which there is a reason."
+    return {name: restrict(source, reasons[name]) if name in reasons else source for name, source in sources.items()}
+
+def _of_sample(name: str) -> Source:
+    "A source of the built-in sample in its usual size."
+    if name not in SAMPLE_SIZES: raise UserError(f"the built-in sample has no source '{name}'{did_you_mean(name, SAMPLE_SIZES)}; it has {', '.join(SAMPLE_SIZES)}")
+    return sample_source(name, SAMPLE_SIZES[name])
+
+def _corpus_folder(corpus: str | Path, names: list[str]) -> Path:
+    "A folder that the user named."
     folder = resolve(str(corpus))
     if not folder.is_dir(): raise UserError(f"corpus {folder} is no folder; a folder that holds {', '.join(f'{m}/' for m in names)}, or 'sample', is accepted")
-    return {name: folder_source(folder, name) for name in names}
+    return folder

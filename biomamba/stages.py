@@ -20,7 +20,7 @@ from .duplicates import (BANDS, COPY, HASHES, KEY, band_hashes, exact_copies, ex
                                  shingles, signature)
 from .pipeline import Do, Engine, Read, Removed, Through, read_counts, run_stage, write_counts
 from .records import Document, ReadReport, check_share, reasons
-from .runs import UserError, progress, write_atomic
+from .runs import UserError, all_reasons, progress, write_atomic
 from .sources import Source
 from .steps import PARTS, Steps, english, long_enough, normalized, place, split, tokenizer_hash, train_tokenizer, wrap_tokenizer
 from .storage import batches, read_stream, tokenize, write_stream
@@ -37,6 +37,8 @@ class Work:
 
     @property
     def order(self) -> list[str]: return sorted(self.sources, key=lambda name: (name != "pubmed", name))
+    @property
+    def restricted(self) -> str | None: return all_reasons(*(source.restricted for source in self.sources.values()))
     @property
     def shards(self) -> list[tuple[str, int]]: return [(name, i) for name in self.order for i in range(len(self.sources[name].shards))]
     @property
@@ -229,8 +231,9 @@ def _hold_out_stage(self) -> None:
         for (rank, rows), own in zip(left.items(), np.split(parts, np.cumsum([len(rows) for rows in left.values()])[:-1])): write_array(self.path("parts", rank), own)
 
 def _training_texts(self) -> Iterator[str]:
-    "The texts of the parts base and train."
+    "The texts of the parts base and train; of restricted sources none, since a tokenizer spells out the words that it has met."
     for rank in range(len(self.shards)):
+        if self.sources[self.shards[rank][0]].restricted: continue
         rows = self.left(rank)[np.load(self.path("parts", rank)) <= PARTS.index("train")]
         for document in self.documents(rank, rows): yield document.text
 
@@ -266,6 +269,8 @@ def _tokenize_stage(self,
     vocabulary: int,  # of a trained tokenizer
 ) -> str:  # SHA-256 of the tokenizer
     "Tokenize every shard with the tokenizer, which stands in the work folder."
+    if tokenizer is None and all(source.restricted for source in self.sources.values()):
+        raise UserError(f"every source of the corpus is restricted ({self.restricted}), and a tokenizer trained on them would spell out their words; the tokenizer of a model, or an open source beside them, is accepted")
     if tokenizer is None: tokenizer = wrap_tokenizer(train_tokenizer(progress(self.training_texts(), desc="training a tokenizer", unit=" documents"), vocabulary))
     tokenizer.save_pretrained(self.folder / "tokenizer")
     self.run("tokenize", len(self.shards), Do(functools.partial(tokenize_task, self)))

@@ -22,6 +22,7 @@ from .checkpoints import load_model, load_tokenizer, save_model
 from .checkpointing import COUNTERS, MOMENTS, State, checkpoint_path, checkpoint_steps, flaw, newest_sound, restore, save_checkpoint
 from .checkpointing import set_aside, telling_of_the_disk, tensors_of, what_stands
 from .corpus import Collection, Corpus, with_ends
+from .guards import refuse_trackers, sensitive_section
 from .mamba2 import mamba2_config, new_model
 from .optim import Average, make_optimizer
 from .packing import long_document_counts
@@ -29,7 +30,7 @@ from .perplexity import Scores, change, perplexity, score
 from .plan import HARDWARE, cpu_peak, fitting_batch, training_flops
 from .processes import PARENT, SIGNALS, Stop, check_trackers, end_with_parent, gathered, launch, shard, start_accelerator, start_trackers, total
 from .recipe import base_recipe, deciding, ema_decay, machine_settings, progress, steps_of
-from .runs import Recipe, Run, UserError, cache_dir, check_processes, code_version, environment, fingerprint, made_once, write_atomic
+from .runs import Recipe, Run, UserError, cache_dir, check_processes, code_version, environment, fingerprint, inherit_mark, made_once, restricted, write_atomic
 from .optimizer_step import MOST_NON_FINITE, accumulate, check_finite, take_step, validation_losses
 
 # %% ../nbs/09e_training.ipynb #63c8a617
@@ -234,6 +235,7 @@ def work(
 ) -> None:
     "What one process does in a training run."
     recipe = Recipe(**run.identity["recipe"], **settings or {})
+    refuse_trackers(restricted(run.folder), recipe.trackers)
     check_trackers(recipe.trackers)
     corpus, accelerator = opener(collection, recipe, part), start_accelerator(recipe.trackers, run.folder)
     check_corpus(run, corpus)
@@ -308,6 +310,7 @@ def pretrain(
     "Train the run to its end, from where it stands; one that has ended returns what it found."
     done, settings = run / "training.json", machine_settings(corpus.recipe)
     with run.lock():
+        inherit_mark(run.folder, model_folder, corpus.collection.folder)
         if not done.exists():
             with held(run):
                 write_atomic(run / "manifest.json", json.dumps(corpus.manifest, indent=1))
@@ -393,7 +396,7 @@ def make_base(
             save_model(new_model(mamba2_config(made), seed=made.seed), run / "initial", load_tokenizer(collection.tokenizer_folder))
         summary = pretrain(run, run / "initial", corpus)
         shares = ", ".join(f"{share:.0%} {source}" for source, share in made.mixture.items())
-        write_atomic(run / "model" / "README.md", BASE_CARD.format(scale=made.scale, mixture=shares, **summary))
+        write_atomic(run / "model" / "README.md", BASE_CARD.format(scale=made.scale, mixture=shares, **summary) + sensitive_section(restricted(run.folder)))
     return run / "model"
 
 # %% ../nbs/09e_training.ipynb #effaf88c
@@ -419,9 +422,10 @@ def assemble(
     "results.json: who ran, on what, and what came out."
     changes = {s: change(base[s], adapted[s]) for s in base}
     described = {s: about["small_source"] for s, about in corpus.collection.manifest["sources"].items()}
+    closed = {"restricted": reason} if (reason := restricted(run.folder)) else {}
     return {"scale": run.identity["recipe"]["scale"], "seed": run.identity["recipe"]["seed"], "recipe": run.identity["recipe"],
             "corpus_fingerprint": corpus.fingerprint, "model": run.identity["model"], "small_source": described,
             "versions": code_version() | {"torch": torch.__version__},
             "perplexity": {name: {s: perplexity(scores[s]).data() for s in scores} for name, scores in (("base", base), ("adapted", adapted))},
             "change": {s: {"relative": c.estimate, "ci95": [c.low, c.high]} for s, c in changes.items()},
-            "training": training, "environment": environment()}
+            "training": training, "environment": environment()} | closed

@@ -1,5 +1,6 @@
 "Every run notebook runs, takes its parameters, refuses others, and stores the outputs of its own cells."
 import ast
+import csv
 import io
 import json
 import subprocess
@@ -12,7 +13,7 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from biomamba.sample import sample_documents
+from biomamba.sample import sample_documents, write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = {
@@ -24,6 +25,7 @@ SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
     "12_compare": {"corpus": "TEXTS", "documents": 3, "run_dir": "RUN"},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
+    "33b_memorization": {"run_dir": "RUN", "most_notes": 60, "repetitions": "0 4", "each": 2, "references": 31, "steps": 4, "overrides": SMALL_MODEL},
 }
 SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
 RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
@@ -116,6 +118,19 @@ def test_compare_runs_once_with_its_smallest_parameters(texts, tmp_path):
     assert (tmp_path / "compare" / "figures" / "bits_per_byte.png").stat().st_size > 5_000
     shown = "".join(output.data.get("text/markdown", "") for cell in nb.cells for output in cell.get("outputs", []) if "data" in output)
     assert "| BioGPT (stand-in) |" in shown and "15.09" in shown and "104.62" in shown
+
+
+def test_memorization_runs_once_on_restricted_notes_and_leaves_no_text(tmp_path):
+    notes = write_sample(tmp_path / "sample", documents=1, questions=1, notes=60) / "notes" / "discharge.csv"
+    given = SMALLEST["33b_memorization"] | {"run_dir": str(tmp_path / "run"), "notes": str(notes)}
+    run(ROOT / "nbs" / "33b_memorization.ipynb", tmp_path / "out.ipynb", **given)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["planted"] == {"planned": 8, "in_training_documents": 8}
+    assert [len(e["bits"]) for e in results["audit"]["exposures"]] == [2, 2] and "MIMIC" in results["restricted"]
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700 and (tmp_path / "run" / "private" / "corpus").is_dir()
+    lines = [line for row in csv.DictReader(notes.open()) for line in row["text"].splitlines() if len(line) > 60]
+    outside = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and "private" not in p.parts] + [tmp_path / "out.ipynb"]
+    assert len(lines) > 100 and not [p for p in outside if any(line.encode() in p.read_bytes() for line in lines)]
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)
