@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['TINY', 'PLAIN', 'ids_of', 'make_prompt', 'Example', 'make_example', 'SftRecipe', 'sft_recipe', 'loop_recipe',
            'counts_of', 'digest', 'Examples', 'check_examples', 'write_examples', 'open_examples', 'fine_tune',
-           'candidate_scores', 'Packing']
+           'Packing', 'candidate_scores']
 
-# %% ../nbs/14_sft.ipynb #6859344e
-import builtins, dataclasses, hashlib, os, sys
+# %% ../nbs/14_sft.ipynb #fbdf197d
+import builtins, dataclasses, hashlib, json, os, sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +133,11 @@ def _published_settings(
     return same | dict(learning_rate=row["learning rate"], epochs=row["epochs"], sequences_per_step=row["effective batch"],
                        weight_decay=questions["weight decay"], warmup_ratio=row.get("warmup", shared["warmup_ratio"]))
 
-# %% ../nbs/14_sft.ipynb #85a36fb3
-TINY = {"qa": dict(learning_rate=2e-3, epochs=6, sequences_per_step=16, precision="fp32", micro_batch_tokens=4096),
-        "clinical": dict(learning_rate=2e-3, epochs=6, sequences_per_step=16, precision="fp32", micro_batch_tokens=4096)}
+# %% ../nbs/14_sft.ipynb #227f2718
+TINY = {"qa": dict(learning_rate=2e-3, epochs=3, sequences_per_step=16, max_tokens=256, evaluations=6, precision="fp32", micro_batch_tokens=4096),
+        "clinical": dict(learning_rate=2e-3, epochs=3, sequences_per_step=16, evaluations=6, precision="fp32", micro_batch_tokens=4096)}
 
-# %% ../nbs/14_sft.ipynb #3d57521c
+# %% ../nbs/14_sft.ipynb #cc85c3b8
 def sft_recipe(
     scale: str = "tiny",
     task: str = "qa",     # qa or clinical
@@ -153,8 +152,7 @@ def sft_recipe(
         if name not in names: raise UserError(f"{name!r} is no setting of fine-tuning{did_you_mean(name, names)}; the settings are {', '.join(names)}")
     row = _published_settings(SCALES[0], task, arm) | TINY[task] if scale == "tiny" else _published_settings(scale, task, arm)
     made = SftRecipe(scale, task, arm, **row | overrides)
-    made = dataclasses.replace(made, betas=tuple(loop_recipe(made).betas))
-    return made
+    return dataclasses.replace(made, betas=loop_recipe(made).betas)     # the loop's recipe checks every value
 
 # %% ../nbs/14_sft.ipynb #a30c7baf
 PLAIN = dict(stable_ratio=0.0, decay_ratio=None, floor=0.0, layer_decay=1.0, ema_decay=0.0, mixture={"answers": 1.0})
@@ -230,14 +228,15 @@ def check_examples(
         if ids.min() < 0 or ids.max() >= vocabulary: raise refuse(f"holds the id {ids[(ids < 0) | (ids >= vocabulary)][0]} and the model's vocabulary has {vocabulary} rows; an id below that")
         if e.tokens > max_tokens: raise refuse(f"has {e.tokens} tokens; at most max_tokens={max_tokens}")
 
-# %% ../nbs/14_sft.ipynb #cf26286b
+# %% ../nbs/14_sft.ipynb #9f3ddeeb
 def write_examples(
     examples: Examples,
 ) -> None:
     "Store the examples where another process finds them."
     for part in ("train", "validation"):
-        lines = (json.dumps({"id": e.id, "prompt": e.prompt.tolist(), "answer": e.answer.tolist(), "cut": e.cut}) for e in getattr(examples, part))
-        write_atomic(examples.folder / f"{part}.jsonl", "".join(line + "\n" for line in lines))
+        lines = [{"id": e.id, "prompt": e.prompt.tolist(), "answer": e.answer.tolist(), "cut": e.cut} for e in getattr(examples, part)]
+        lines += [None] * examples.counts[part]["dropped"]
+        write_atomic(examples.folder / f"{part}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     os.chmod(examples.folder, 0o700)
 
 def open_examples(
@@ -246,8 +245,9 @@ def open_examples(
     part: str = "train",
 ) -> Examples:
     "The examples of a run, in a process of its own."
-    read = lambda line: Example(**{k: np.array(v, dtype=np.int64) if isinstance(v, list) else v for k, v in json.loads(line).items()})
-    stored = [[read(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in (part, "validation")]
+    ids = lambda value: np.array(value, dtype=np.int64) if isinstance(value, list) else value
+    read = lambda line: line and Example(**{name: ids(value) for name, value in line.items()})
+    stored = [[read(json.loads(line)) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in (part, "validation")]
     return Examples(*stored, recipe, folder, part)
 
 # %% ../nbs/14_sft.ipynb #436f7e01
@@ -291,6 +291,14 @@ def _run(
 
 if __name__ == "__main__" and not hasattr(builtins, "get_ipython"): main(sys.argv[1:], open_examples)    # a process of its own, not a notebook
 
+# %% ../nbs/14_sft.ipynb #a203b393
+@dataclass(frozen=True)
+class Packing:
+    "What `score` asks of a recipe."
+    max_tokens: int
+    micro_batch_tokens: int
+    precision: str
+
 # %% ../nbs/14_sft.ipynb #c3983adc
 def candidate_scores(
     model: torch.nn.Module,
@@ -311,11 +319,3 @@ def candidate_scores(
     wrong = np.flatnonzero(~np.isfinite(nats).all(1))
     if len(wrong): raise UserError(f"{len(wrong)} of {len(prompts)} prompts have a candidate whose log-likelihood is not finite, the first is prompt {wrong[0]}; sound weights or precision='fp32' are accepted")
     return -nats
-
-# %% ../nbs/14_sft.ipynb #a203b393
-@dataclass(frozen=True)
-class Packing:
-    "What `score` asks of a recipe."
-    max_tokens: int
-    micro_batch_tokens: int
-    precision: str
