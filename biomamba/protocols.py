@@ -7,7 +7,7 @@ __all__ = ['TINY_QA', 'TINY_SHARE', 'MOST_VALIDATION', 'weights_of', 'base_of', 
            'qa_recipe', 'seeds_of', 'read_test', 'run_arm', 'run_all', 'answers_dir', 'scored', 'plain', 'over_seeds',
            'arm_results', 'right', 'paired_results', 'protocol_results', 'identity_of_answers', 'assemble_answers']
 
-# %% ../nbs/21c_protocols.ipynb #77aa3a76
+# %% ../nbs/21c_protocols.ipynb #53546d7b
 import datetime, json, shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from .metrics import accuracy_interval, answer_metrics, ceiling, confidences, ho
 from .paper_results import published_table
 from .processes import start_accelerator
 from .qa import Prediction, generated_answers, qa_example, read_answer, read_predictions, score_questions, write_predictions, write_settings
-from .questions import QuestionSet, Split, bioasq_parts, official_split, read_bioasq_set, read_pubmedqa_set, sample_qa, yes_no_split
+from .questions import QuestionSet, Split, bioasq_parts, check_apart, official_split, read_bioasq_set, read_pubmedqa_set, sample_qa, yes_no_split
 from .recipe import progress, recipe
 from .runs import Run, UserError, cache_dir, fingerprint, given, resolve, run_dir_for, write_atomic
 from .sft import SftRecipe, fine_tune, sft_recipe
@@ -98,8 +98,8 @@ def splits_of(
     if not files: missing["bioasq"] = "no files of BioASQ were given"
     return splits, missing, [s for s in (asked, train, test) if s]
 
-# %% ../nbs/21c_protocols.ipynb #06d667db
-TINY_QA = dict(steps=48, max_tokens=256, evaluations=3, early_stopping=None, micro_batch_tokens=4096)
+# %% ../nbs/21c_protocols.ipynb #e15543ed
+TINY_QA = dict(steps=100, sequences_per_step=8, learning_rate=1e-3, max_tokens=384, evaluations=2, early_stopping=None)
 TINY_SHARE, MOST_VALIDATION = 0.5, {"tiny": 60}   # of BioASQ; most validation questions
 
 def share_of(
@@ -149,7 +149,7 @@ def read_test(
     write_predictions(stored, found)
     return found
 
-# %% ../nbs/21c_protocols.ipynb #479c593c
+# %% ../nbs/21c_protocols.ipynb #f2b9e9cf
 def run_arm(
     run_dir: Path,
     arm: str,              # "base" or "adapted"
@@ -159,6 +159,7 @@ def run_arm(
     write: bool = False,   # let the model write answers too
 ) -> dict:                 # training, test_read, predictions
     "Fine-tune a model and answer the test questions."
+    for protocol, questions in split.tests.items(): check_apart([*split.train, *split.validation], questions, protocol)
     folder, tokenizer = run_dir / f"{split.name}-{arm}-{tuned.seed}", load_tokenizer(model)
     examples = [[qa_example(q, split.classes, tokenizer, tuned.max_tokens) for q in part] for part in (split.train, split.validation)]
     training = fine_tune(folder, model, *examples, tuned, name=arm, keep_checkpoints=1)

@@ -50,7 +50,11 @@ def answers_table(
     caption = f"Scale {results['scale']}, {len(results['seeds'])} seeds, in percent; 95 % intervals over seeds, for one seed Wilson's. Written: first seed. " + "; ".join(absent)
     return Grid(("protocol, model", "n", "accuracy", "majority", "ceiling", "macro-F1", "written", "Brier", "ECE"), tuple(rows), caption.strip())
 
-# %% ../nbs/40d_qa_report.ipynb #1f43e0c9
+# %% ../nbs/40d_qa_report.ipynb #34dd19b6
+def _chance(p: float) -> str:
+    "A p-value."
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
 def gains_table(
     results: dict,   # results.json
 ) -> Grid:
@@ -58,9 +62,9 @@ def gains_table(
     rows = []
     for name, found in held(results).items():
         paired = found["adapted_minus_base"]
-        p = [f"{pair['mcnemar_p']:.3f}" for pair in paired["by_seed"]]
+        p = [_chance(pair["mcnemar_p"]) for pair in paired["by_seed"]]
         above = [_number(found["arms"][arm]["above_majority"]) for arm in ("base", "adapted")]
-        rows.append((PROTOCOLS[name], _number(paired["over_items"]), _number(paired["over_seeds"]), ", ".join(p), f"{min(pair['holm_p'] for pair in paired['by_seed']):.3f}", *above))
+        rows.append((PROTOCOLS[name], _number(paired["over_items"]), _number(paired["over_seeds"]), ", ".join(p), _chance(min(pair["holm_p"] for pair in paired["by_seed"])), *above))
     return Grid(("protocol", "adapted − base, over items", "over seeds", "McNemar p by seed", "smallest, Holm", "base − majority", "adapted − majority"), tuple(rows),
                 "Points of accuracy with 95 % intervals.")
 

@@ -191,8 +191,8 @@ def bioasq_parts(
     if len(files) < 2: raise UserError(f"bioasq={folder!r} holds one file, {files[0].name}; at least two batches are needed, the last of which is the test")
     return files[:-1], files[-1:]
 
-# %% ../nbs/21a_questions.ipynb #52966411
-SAMPLE = {"questions": 600, "batches": 5, "batch": 120, "seed": 0}
+# %% ../nbs/21a_questions.ipynb #569244de
+SAMPLE = {"questions": 500, "batches": 5, "batch": 100, "seed": 0}
 
 def sample_qa(
     sizes: dict | None = None,   # of `SAMPLE`; None: all of it
