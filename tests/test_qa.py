@@ -230,7 +230,7 @@ def files(folder, **contents):
     (lambda t: bioasq_parts("x", train="y"), "the folder alone or the two others"),
     (lambda t: bioasq_parts(test="y"), "both are needed"),
     (lambda t: splits_of("780m"), "neither pubmedqa nor bioasq is given"),
-    (lambda t: splits_of("tiny", str(files(t, a={str(i): entry(QUESTION=f"Is it {i}?") for i in range(20)}))), "has the answer no"),
+    (lambda t: splits_of("tiny", str(files(t, a={str(i): entry(QUESTION=f"Is it {i}?", CONTEXTS=[f"Text {i}."]) for i in range(20)}))), "has the answer no"),
     (lambda t: models_of("130m"), "adapted is not given"),
     (lambda t: hold_out([question(1)]), "1 questions are left"),
 ])
