@@ -12,17 +12,18 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from biomamba.sample import sample_documents
+from biomamba.sample import sample_documents, sample_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = {
     "d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 512, "max_tokens": 128, "base_steps": 4,
     "sequences_per_step": 4, "evaluations": 2, "validation_documents": 5,
 }
-# The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run.
+# The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run, ASKED small question sets.
 SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
+    "22_qa_runs": {"adapted": "FINISHED", "pubmedqa": "ASKED", "bioasq": "ASKED", "run_dir": "RUN", "seeds": 2, "steps": 2, "overrides": {"max_tokens": 96, "evaluations": 1}},
 }
 SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
 RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
@@ -104,6 +105,32 @@ def test_learning_curves_runs_once_with_its_smallest_parameters(finished, tmp_pa
         made.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert {"learning_curves.svg", "small-learning_curve.png", "small.json"} <= set(made[0])
     assert made[0] == made[1], "the same results must give the same bytes"
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory) -> str:
+    "Small sets of PubMedQA and BioASQ."
+    folder = tmp_path_factory.mktemp("asked")
+    records = dict(sample_questions("pubmedqa", 60))
+    (folder / "ori_pqal.json").write_text(json.dumps(records))
+    (folder / "test_ground_truth.json").write_text(json.dumps({i: r["final_decision"] for i, r in list(records.items())[::2]}))
+    for b in range(2): (folder / f"{b + 8}B1_golden.json").write_text(json.dumps({"questions": [r for _, r in sample_questions("bioasq", 20, start=20 * b)]}))
+    return str(folder)
+
+
+def test_question_answering_runs_twice_with_its_smallest_parameters(finished, asked, tmp_path):
+    given = SMALLEST["22_qa_runs"] | {"adapted": finished, "pubmedqa": asked, "bioasq": asked, "run_dir": str(tmp_path / "run")}
+    run(ROOT / "nbs" / "22_qa_runs.ipynb", tmp_path / "out.ipynb", **given)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"as_published", "binary", "official", "bioasq"} <= set(results) and results["seeds"] == [42, 43]
+    assert results["official"]["n"] == 30 and results["as_published"]["n"] == 12 and results["bioasq"]["by_batch"].keys() == {"9B1"}
+    lines = [json.loads(line) for p in (tmp_path / "run").glob("*/predictions.jsonl") for line in p.read_text().splitlines()]
+    trained = results["data"]["splits"]["three"]["training_answers"]
+    assert len(lines) == 2 * 2 * (12 + results["binary"]["n"] + 20 + 30) and sum(trained.values()) < 30
+    assert (tmp_path / "run" / "figures" / "calibration.png").stat().st_size > 5_000
+    written = (tmp_path / "run" / "results.json").read_bytes()
+    run(ROOT / "nbs" / "22_qa_runs.ipynb", tmp_path / "again.ipynb", **given)
+    assert (tmp_path / "run" / "results.json").read_bytes() == written
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)
