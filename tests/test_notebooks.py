@@ -13,19 +13,20 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from biomamba.sample import sample_documents, write_sample
+from biomamba.sample import sample_documents, sample_questions, write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = {
     "d_model": 32, "layers": 2, "state": 8, "head_dim": 16, "vocabulary": 512, "max_tokens": 128, "base_steps": 4,
     "sequences_per_step": 4, "evaluations": 2, "validation_documents": 5,
 }
-# The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run.
+# The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run, ASKED small question sets.
 SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
     "12_compare": {"corpus": "TEXTS", "documents": 3, "run_dir": "RUN"},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
     "33b_memorization": {"run_dir": "RUN", "most_notes": 60, "repetitions": "0 4", "each": 2, "references": 31, "steps": 4, "overrides": SMALL_MODEL},
+    "22_qa_runs": {"adapted": "FINISHED", "pubmedqa": "ASKED", "bioasq": "ASKED", "run_dir": "RUN", "seeds": 2, "steps": 2, "overrides": {"max_tokens": 96, "evaluations": 1}},
 }
 SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
 RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
@@ -131,6 +132,30 @@ def test_memorization_runs_once_on_restricted_notes_and_leaves_no_text(tmp_path)
     lines = [line for row in csv.DictReader(notes.open()) for line in row["text"].splitlines() if len(line) > 60]
     outside = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and "private" not in p.parts] + [tmp_path / "out.ipynb"]
     assert len(lines) > 100 and not [p for p in outside if any(line.encode() in p.read_bytes() for line in lines)]
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory) -> str:
+    "Small sets of PubMedQA and BioASQ."
+    folder = tmp_path_factory.mktemp("asked")
+    records = dict(sample_questions("pubmedqa", 60))
+    (folder / "ori_pqal.json").write_text(json.dumps(records))
+    (folder / "test_ground_truth.json").write_text(json.dumps({i: r["final_decision"] for i, r in list(records.items())[::2]}))
+    for b in range(2): (folder / f"{b + 8}B1_golden.json").write_text(json.dumps({"questions": [r for _, r in sample_questions("bioasq", 20, start=20 * b)]}))
+    return str(folder)
+
+
+def test_question_answering_runs_twice_with_its_smallest_parameters(finished, asked, tmp_path):
+    given = SMALLEST["22_qa_runs"] | {"adapted": finished, "pubmedqa": asked, "bioasq": asked, "run_dir": str(tmp_path / "run")}
+    run(ROOT / "nbs" / "22_qa_runs.ipynb", tmp_path / "out.ipynb", **given)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"as_published", "binary", "official", "bioasq"} <= set(results) and results["seeds"] == [42, 43]
+    assert results["official"]["n"] == 30 and results["as_published"]["n"] == 12 and results["bioasq"]["by_batch"].keys() == {"9B1"}
+    lines = [json.loads(line) for p in (tmp_path / "run").glob("*/predictions.jsonl") for line in p.read_text().splitlines()]
+    trained = results["data"]["splits"]["three"]["training_answers"]
+    assert len(lines) == 2 * 2 * (12 + results["binary"]["n"] + 20 + 30) and sum(trained.values()) < 30
+    assert (tmp_path / "run" / "figures" / "calibration.png").stat().st_size > 5_000
+    written = (tmp_path / "run" / "results.json").read_bytes()
+    run(ROOT / "nbs" / "22_qa_runs.ipynb", tmp_path / "again.ipynb", **given)
+    assert (tmp_path / "run" / "results.json").read_bytes() == written
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)
