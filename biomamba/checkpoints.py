@@ -7,7 +7,7 @@ __all__ = ['logger', 'SSM_DEFAULTS', 'SSM_NAMES', 'SSM_FIXED', 'FILES', 'TOKENIZ
            'PROBE_TOLERANCE', 'config_from_state_spaces', 'config_to_state_spaces', 'from_state_spaces',
            'to_state_spaces', 'hub_snapshot', 'find_checkpoint', 'read_config', 'weight_files', 'read_tensors',
            'described', 'check_tensors', 'check_dtypes', 'check_finite', 'check_checkpoint', 'read_weights',
-           'load_model', 'generation_config', 'check_shape', 'load_tokenizer', 'save_model', 'probe_logits',
+           'load_model', 'generation_config', 'shape_of', 'check_shape', 'load_tokenizer', 'save_model', 'probe_logits',
            'stock_logits', 'check_parity', 'parity']
 
 # %% ../nbs/06c_checkpoints.ipynb #baadaf56
@@ -381,15 +381,20 @@ def _tokenizer_file(
     return folder / "tokenizer.json"
 
 # %% ../nbs/06c_checkpoints.ipynb #1250d143
+def shape_of(
+    folder: Path,    # of a checkpoint
+) -> dict:           # fields of `Recipe`
+    "The shape of a checkpoint, in a recipe's words."
+    config, _ = read_config(folder)
+    return {"d_model": config.hidden_size, "layers": config.num_hidden_layers, "state": config.state_size, "head_dim": config.head_dim,
+            "expand": config.expand, "groups": config.n_groups, "conv": config.conv_kernel, "vocabulary": config.vocab_size}
+
 def check_shape(
     folder: Path,    # of a checkpoint
     recipe: Recipe,  # what it is said to be
 ) -> None:
     "Raise `UserError` unless a checkpoint has the recipe's shape."
-    config, _ = read_config(folder)
-    has = {"d_model": config.hidden_size, "layers": config.num_hidden_layers, "state": config.state_size, "head_dim": config.head_dim,
-           "expand": config.expand, "groups": config.n_groups, "conv": config.conv_kernel, "vocabulary": config.vocab_size}
-    for name, value in has.items():
+    for name, value in shape_of(folder).items():
         if value != getattr(recipe, name): raise UserError(f"{folder} has {name}={value} and the recipe of scale {recipe.scale} {getattr(recipe, name)}; a checkpoint of that shape, or the scale that has this one, is accepted")
 
 # %% ../nbs/06c_checkpoints.ipynb #28bc1036

@@ -202,7 +202,17 @@ def _synthetic(self) -> bool:
     "Whether any of its text is the built-in sample's."
     return any("sample" in about["origin"] for about in self.collection.manifest["sources"].values())
 
-Corpus.fingerprint, Corpus.synthetic = property(_fingerprint), property(_synthetic)
+def _label(self, i: int) -> str:  # "pubmed 12345678"
+    "Source and id of the document of a sequence."
+    source, row, *_ = self.index[i].item()
+    return f"{self.names[source]} {self.tables[self.names[source]].ids[row]}"
+
+def _held_out(self, source: str):
+    "The documents of a source that select the checkpoint."
+    return self.collection.documents("validation", source)
+
+Corpus.fingerprint, Corpus.synthetic, Corpus.label, Corpus.held_out = property(_fingerprint), property(_synthetic), _label, _held_out
+Corpus.folder = property(lambda self: self.collection.folder)      # where another process opens it again
 Corpus.lengths = cached_property(_lengths); Corpus.lengths.__set_name__(Corpus, "lengths")
 
 # %% ../nbs/04j_corpus.ipynb #0da4b983

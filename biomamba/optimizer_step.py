@@ -105,8 +105,7 @@ def documents_of(
     step: int,  # from 0
 ) -> list[str]:  # "pubmed 12345678"
     "The sources and ids of the documents of one optimizer step."
-    places = (corpus.index[int(i)].item()[:2] for i in step_indices(len(corpus), recipe.sequences_per_step, recipe.seed, step))
-    return [f"{corpus.names[source]} {corpus.tables[corpus.names[source]].ids[row]}" for source, row in places]
+    return [corpus.label(int(i)) for i in step_indices(len(corpus), recipe.sequences_per_step, recipe.seed, step)]
 
 # %% ../nbs/09d_optimizer_step.ipynb #6c3020a8
 MOST_NON_FINITE = 3  # steps in a row
@@ -139,7 +138,7 @@ def validation_losses(
     "Token-weighted validation loss per source, and their mean under the mixture's token shares."
     losses = {}
     for source in recipe.mixture:
-        documents = corpus.collection.documents("validation", source)
+        documents = corpus.held_out(source)
         rows = range(min(len(documents), recipe.validation_documents))[accelerator.process_index :: accelerator.num_processes]
         scores = score(model, Rows(documents, rows), recipe, desc=f"validating {source}") if rows else None
         nats, tokens = total(accelerator, scores.nats.sum() if scores else 0, scores.tokens.sum() if scores else 0)

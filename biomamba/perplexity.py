@@ -13,17 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .packing import best_fit, fill
+from .packing import best_fit, fill, inputs_and_targets
 from .runs import Recipe, progress
 from .statistics import Interval, bootstrap_ratio, paired_ratio_change
 
 # %% ../nbs/08b_perplexity.ipynb #f9a912e9
 def scored_sequence(
-    tokens: np.ndarray,          # (length,) ids of a document
+    tokens: np.ndarray,          # (length,) ids of a document; a sequence of `partly_given` stays as it is
     window: int | None = None,   # score only the first `window` tokens, as the paper does at 1,024; None: all
     start_id: int = 0,           # what the first token is predicted from
 ) -> np.ndarray:  # (scored + 1,): [:-1] goes in, [1:] is scored
     "A document with the id that it is predicted from."
+    if np.ndim(tokens) == 2: return tokens
     return np.concatenate([[start_id], tokens[:window]]).astype(np.int64)
 
 # %% ../nbs/08b_perplexity.ipynb #91fbdba8
@@ -87,7 +88,8 @@ def score(
     model.train(was_training)
     size = getattr(documents, "bytes", None)
     whole = size is not None and (window is None or max(lengths) < window)
-    return Scores(nats, np.array(lengths), np.asarray(size[: len(nats)]) if whole else np.zeros(len(nats), int), window)
+    scored = np.array([(inputs_and_targets(s)[1] >= 0).sum() for s in sequences])
+    return Scores(nats, scored, np.asarray(size[: len(nats)]) if whole else np.zeros(len(nats), int), window)
 
 # %% ../nbs/08b_perplexity.ipynb #6ed3783c
 def document_sums(

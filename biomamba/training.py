@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE_CARD', 'resume', 'evaluation_steps', 'track', 'evaluate_and_save', 'peak_flops', 'speed', 'postfix',
-           'stop_if_asked', 'train', 'WholeDocuments', 'open_corpus', 'check_corpus', 'with_device_batch',
+           'stop_if_asked', 'train', 'Trained', 'WholeDocuments', 'open_corpus', 'check_corpus', 'with_device_batch',
            'prepare_state', 'work', 'identity_of', 'export_best', 'summary_of', 'pretrain', 'work_together', 'main',
            'held', 'make_base', 'evaluate', 'assemble']
 
@@ -149,6 +149,7 @@ def train(
     ended = lambda: state.step >= steps or (recipe.early_stopping is not None and state.worse >= recipe.early_stopping)
     with Stop() as stop, progress(total=steps, initial=state.step, desc="training", unit=" steps", **({} if main else {"disable": True})) as bar:
         peak = None if bar.disable and not recipe.trackers else peak_flops(recipe, accelerator)
+        peak = peak and peak * corpus.learned                # flops are counted from targets
         while True:
             stop_if_asked(stop, state, steps, recipe, run, accelerator)
             if state.step in due and state.validated != state.step: evaluate_and_save(state, corpus, recipe, run, accelerator)
@@ -161,7 +162,17 @@ def train(
             bar.set_postfix_str(postfix(line, fast)); bar.update()
 
 # %% ../nbs/09e_training.ipynb #11bd481a
-class WholeDocuments(Corpus):
+class Trained(Corpus):
+    "A corpus with what the loop asks of it besides sequences."
+
+    learned = 1.0  # share of its tokens that are targets
+
+    def about(self, recipe: Recipe) -> dict:  # goes into training.json
+        first, ends = self.index[self.index["start"] == 0], 1 if recipe.eos == "trained" else -1
+        targets = np.concatenate([self.tables[name].lengths[first["row"][first["source"] == i]] for i, name in enumerate(self.names)]) + ends
+        return {"long_documents": long_document_counts(targets, recipe)}
+
+class WholeDocuments(Trained):
     "The corpus of a recipe that carries long documents over rows: a sequence is a whole document."
 
     def __getitem__(self, i: int):  # (any number of tokens + 1,) int64
@@ -174,7 +185,7 @@ def open_corpus(
     part: str,
 ) -> Corpus:
     "The sequences that a recipe trains on."
-    return (WholeDocuments if recipe.long_documents == "carry" else Corpus)(Collection(collection), recipe, part)
+    return (WholeDocuments if recipe.long_documents == "carry" else Trained)(Collection(collection), recipe, part)
 
 def check_corpus(
     run: Run,
@@ -182,7 +193,7 @@ def check_corpus(
 ) -> None:
     "Raise `UserError` when a run would train on other sequences than those it was begun with."
     if run.identity["corpus"] != corpus.fingerprint:
-        raise UserError(f"{run.folder} belongs to the corpus {run.identity['corpus']}, and {corpus.collection.folder} with its recipe gives {corpus.fingerprint}; "
+        raise UserError(f"{run.folder} belongs to the corpus {run.identity['corpus']}, and {corpus.folder} with its recipe gives {corpus.fingerprint}; "
                         "the run's own collection and a mixture that its recipe states are accepted")
 
 # %% ../nbs/09e_training.ipynb #70d1cab6
@@ -216,14 +227,15 @@ def prepare_state(
 def work(
     run: Run,             # its identity holds the recipe
     model_folder: Path,   # base model with tokenizer
-    collection: Path,     # folder of the collection
+    collection: Path,     # folder of the collection, or what `opener` opens
     part: str = "train",  # of the collection
     settings: dict | None = None,  # `machine_settings` of the recipe; None: the defaults
+    opener=open_corpus,   # (folder, recipe, part) → what is trained on
 ) -> None:
     "What one process does in a training run."
     recipe = Recipe(**run.identity["recipe"], **settings or {})
     check_trackers(recipe.trackers)
-    corpus, accelerator = open_corpus(collection, recipe, part), start_accelerator(recipe.trackers, run.folder)
+    corpus, accelerator = opener(collection, recipe, part), start_accelerator(recipe.trackers, run.folder)
     check_corpus(run, corpus)
     recipe = with_device_batch(recipe, accelerator)
     state = prepare_state(recipe, model_folder, steps_of(recipe, len(corpus)), accelerator)
@@ -278,13 +290,11 @@ def summary_of(
     recipe: Recipe,
 ) -> dict:  # training.json
     "What a finished training says of itself."
-    first, ends = corpus.index[corpus.index["start"] == 0], 1 if recipe.eos == "trained" else -1
-    targets = np.concatenate([corpus.tables[name].lengths[first["row"][first["source"] == i]] for i, name in enumerate(corpus.names)]) + ends
     early = {"stopped_early": True} if state.step < steps_of(recipe, len(corpus)) else {}
     return {"steps": state.step, "documents": state.documents, "tokens": state.tokens, "non_finite_steps": state.non_finite,
             "best_step": state.best["step"], "best_validation_loss": state.best["loss"],
             "seconds": round(state.seconds, 1), "tokens_per_second": round(state.tokens / state.seconds, 1),
-            "long_documents": long_document_counts(targets, recipe), **early}
+            **corpus.about(recipe), **early}
 
 # %% ../nbs/09e_training.ipynb #6590dc25
 def pretrain(
@@ -292,14 +302,16 @@ def pretrain(
     model_folder: Path,
     corpus: Corpus,
     processes: int = 1,   # on this machine
+    opener=open_corpus,   # (folder, recipe, part) → what is trained on
+    module: str = "biomamba.training",  # whose `main` another process runs
 ) -> dict:  # training.json: steps, documents, tokens, best_step, best_validation_loss, seconds, tokens_per_second
     "Train the run to its end, from where it stands; one that has ended returns what it found."
     done, settings = run / "training.json", machine_settings(corpus.recipe)
     with run.lock():
         if not done.exists():
             write_atomic(run / "manifest.json", json.dumps(corpus.manifest, indent=1))
-            if processes == 1: work(run, model_folder, corpus.collection.folder, corpus.part, settings)
-            else: work_together(run, [str(run.folder), str(model_folder), str(corpus.collection.folder), corpus.part, json.dumps(settings)], processes)
+            if processes == 1: work(run, model_folder, corpus.folder, corpus.part, settings, opener)
+            else: work_together(run, [str(run.folder), str(model_folder), str(corpus.folder), corpus.part, json.dumps(settings)], processes, module)
     return json.loads(done.read_text())
 
 # %% ../nbs/09e_training.ipynb #0cb66352
@@ -307,10 +319,11 @@ def work_together(
     run: Run,
     arguments: list[str],  # of `main`
     processes: int,
+    module: str = "biomamba.training",
 ) -> None:
     "Run `work` in several processes; one sentence says why they ended, if not at the end."
     (run / "error.txt").unlink(missing_ok=True)
-    failed = launch([sys.executable, "-m", "biomamba.training", *arguments], processes)
+    failed = launch([sys.executable, "-m", module, *arguments], processes)
     if (run / "error.txt").exists(): raise UserError((run / "error.txt").read_text())
     if not (run / "training.json").exists():
         rank, code = failed
@@ -318,13 +331,13 @@ def work_together(
         raise UserError(f"process {rank} of the {processes} training processes {how}, so the others were stopped; {what_stands(run)}")
 
 # %% ../nbs/09e_training.ipynb #099c1469
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], opener=open_corpus) -> None:
     "The entry of a launched process: run folder, model folder, collection folder, part and, if they are not the defaults, machine settings as JSON."
     folder, model_folder, collection, part, *settings = arguments
     run, first = Run(folder, json.loads((Path(folder) / "recipe.json").read_text())), int(os.environ.get("RANK", 0)) == 0
     end_with_parent()
     try:
-        with (held(run) if first else contextlib.nullcontext()): work(run, Path(model_folder), Path(collection), part, json.loads(settings[0]) if settings else None)
+        with (held(run) if first else contextlib.nullcontext()): work(run, Path(model_folder), Path(collection), part, json.loads(settings[0]) if settings else None, opener)
     except UserError as error:
         write_atomic(run / "error.txt", str(error))
         raise SystemExit(f"biomamba: {error}" if first and PARENT not in os.environ else 1)
