@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB', 'NOTE_COLUMNS', 'read_documents', 'items_of', 'HubSource', 'read_hub', 'hub_errors', 'open_hub', 'hub_revision',
-           'hub_items', 'load_json', 'unique', 'pubmedqa_document', 'is_text', 'read_pubmedqa', 'existing',
+           'hub_items', 'load_json', 'unique', 'pubmedqa_document', 'synthetic', 'is_text', 'read_pubmedqa', 'existing',
            'bioasq_answer', 'bioasq_document', 'listed', 'read_bioasq', 'note_document', 'csv_rows', 'note_items',
            'read_mimic']
 
@@ -205,8 +205,15 @@ def pubmedqa_document(
     text = "\n".join(f"{label.strip()}: {part.strip()}" if label else part.strip() for label, part in zip(labels, contexts))
     conclusion = fields.get("long_answer") if is_text(fields.get("long_answer")) else None
     year = fields.get("year") if is_text(fields.get("year")) and fields["year"].isdigit() else None
-    meta = {"question": question.strip(), "answer": answer, "conclusion": conclusion} | ({"year": int(year)} if year else {})
+    meta = {"question": question.strip(), "answer": answer, "conclusion": conclusion} | ({"year": int(year)} if year else {}) | synthetic(fields)
     return Document(pmid, text, "pubmedqa", meta)
+
+# %% ../nbs/02c_documents.ipynb #4c59060a
+def synthetic(
+    entry: dict,  # a question
+) -> dict:  # for `meta`
+    "The mark of a question of the built-in sample; nothing for any other."
+    return {"synthetic": True} if entry.get("synthetic") is True else {}
 
 # %% ../nbs/02c_documents.ipynb #51d84622
 def is_text(
@@ -268,7 +275,7 @@ def bioasq_document(
     ideal = entry.get("ideal_answer")
     pmids = [found[0] for d in listed(entry, "documents") if isinstance(d, str) and (found := re.search(r"\d+$", d))]
     meta = {"question": entry["body"].strip(), "type": kind, "answer": answer,
-            "ideal_answers": [ideal] if isinstance(ideal, str) else listed(entry, "ideal_answer"), "pmids": pmids}
+            "ideal_answers": [ideal] if isinstance(ideal, str) else listed(entry, "ideal_answer"), "pmids": pmids} | synthetic(entry)
     return Document(entry["id"], "\n".join(dict.fromkeys(snippets)), "bioasq", meta)
 
 def listed(entry: dict, key: str) -> list:

@@ -11,7 +11,8 @@ import pytest
 
 from biomamba.abstracts import STUDY_GRAMMAR, study
 from biomamba.conditions import DIAGNOSES
-from biomamba.documents import read_documents
+from biomamba.contamination import identities
+from biomamba.documents import read_bioasq, read_documents, read_mimic, read_pubmedqa
 from biomamba.encyclopedia import article
 from biomamba.grammar import frame, frame_shares, near_duplicates, seeded, sentences
 from biomamba.lexicons import LEXICONS
@@ -230,10 +231,20 @@ def test_written_files_read_back(tmp_path):
     for source in SOURCES:
         assert [(d.id, d.text) for d in read_documents(folder / source, source)] == [(d.id, d.text) for d in sample_documents(source, 25, seed=8)]
     assert json.loads((folder / "qa" / "pubmedqa.json").read_text()) == dict(sample_questions("pubmedqa", 10, seed=8))
-    assert len(json.loads((folder / "qa" / "bioasq.json").read_text())["questions"]) == 10
+    assert [(d.id, d.meta["question"], d.meta["answer"]) for d in read_pubmedqa(folder / "qa" / "pubmedqa.json")] == [(pmid, q["QUESTION"], q["final_decision"]) for pmid, q in sample_questions("pubmedqa", 10, seed=8)]
+    assert [(d.id, d.meta["question"], d.meta["answer"]) for d in read_bioasq(folder / "qa" / "bioasq.json")] == [(id, q["body"], q["exact_answer"]) for id, q in sample_questions("bioasq", 10, seed=8)]
+    assert [d.id for d in read_mimic(folder / "notes")] == [note["note_id"] for note in sample_notes(10, seed=8)]
     before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.*")}
     write_sample(folder, documents=25, questions=10, notes=10, seed=8)
     assert before == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.*")}
+
+
+def test_no_synthetic_question_has_the_number_of_a_real_abstract(tmp_path):
+    folder = write_sample(tmp_path, documents=2, questions=200, notes=0)
+    documents = [*read_pubmedqa(folder / "qa" / "pubmedqa.json"), *read_bioasq(folder / "qa" / "bioasq.json")]
+    pmids = [name for d in documents for name in identities(d) if name.startswith("pmid:")]
+    assert len(documents) == len(set(pmids)) == 400 and all(re.fullmatch(r"pmid:9\d{8}", name) for name in pmids)
+    assert all(d.meta["synthetic"] is True for d in documents)
 
 
 @pytest.mark.parametrize("call", [lambda: sample_documents("pubmd", 1), lambda: sample_documents("c4", -3), lambda: sample_documents("c4", 2.5), lambda: sample_documents("c4", 1, start=-1),
