@@ -133,8 +133,10 @@ def _in_template(
         course = course or mark.name == "Brief Hospital Course"
     return kept
 
-# %% ../nbs/30a_sections.ipynb #bd5c5f1d
+# %% ../nbs/30a_sections.ipynb #8deb2598
 _INSIDE = ("Physical Exam", "Review of Systems")
+
+_REPORT = re.compile(r"techniques?|indications?(?: for .*)?|reason for .*|findings|comparisons?|interpretations?|contrast|access|procedures?(?: .*)?|complications|anesthesia|(?:.* )?diagnos[ie]s|specimens?", re.IGNORECASE)
 
 def _in_other_notes(
     marks: list[Mark],
@@ -145,7 +147,7 @@ def _in_other_notes(
     kept = []
     for mark, after in zip(marks, [*marks[1:], None]):
         inside = bool(kept) and kept[-1].name in _INSIDE
-        if inside and (not mark.known or mark.name == "Vital Signs" and not mark.alone): continue
+        if inside and not _REPORT.fullmatch(mark.name) and (not mark.known or mark.name == "Vital Signs" and not mark.alone): continue
         if not mark.known and mark.alone and after and after.start - mark.body < 2: continue
         kept.append(mark)
     return kept
