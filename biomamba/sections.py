@@ -61,7 +61,7 @@ class Section:
 
     def text(self, note: str) -> str: return note[self.body:self.end]
 
-# %% ../nbs/30a_sections.ipynb #051f7ad9
+# %% ../nbs/30a_sections.ipynb #e9a10642
 def is_flattened(
     note: str,
 ) -> bool:
@@ -72,9 +72,10 @@ def line_spans(
     note: str,
 ) -> Iterator[tuple[int, int]]:  # start, end
     "The lines of a note, without their ends."
-    pattern = r"[^,\s][^,]*" if is_flattened(note) else r"[^\n\r\f\v\x85\u2028\u2029]+"
+    flattened = is_flattened(note)
+    pattern = r"[^,\s][^,]*" if flattened else r"[^\n\r\f\v\x85\u2028\u2029]+"
     for line in re.finditer(pattern, note):
-        if not is_flattened(note) or line.start() == 0 or note[line.start() - 1] == ",": yield line.span()
+        if not flattened or line.start() == 0 or note[line.start() - 1] == ",": yield line.span()
 
 # %% ../nbs/30a_sections.ipynb #d93e8d6b
 @dataclass(frozen=True)
