@@ -23,6 +23,9 @@ SMALL_MODEL = {
 SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
+    "31_clinical_runs": {"adapted": "FINISHED", "run_dir": "RUN", "sample": 120, "seeds": 1, "steps": 1, "answer": 60, "test_notes": 3, "settings": 0,
+                         "overrides": {"max_tokens": 128, "sequences_per_step": 2, "evaluations": 1}},
+    "32_case_studies": {"adapted": "FINISHED", "run_dir": "RUN", "sample": 120, "test_notes": 3, "cases": 1},
 }
 SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
 RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
@@ -104,6 +107,16 @@ def test_learning_curves_runs_once_with_its_smallest_parameters(finished, tmp_pa
         made.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert {"learning_curves.svg", "small-learning_curve.png", "small.json"} <= set(made[0])
     assert made[0] == made[1], "the same results must give the same bytes"
+
+
+@pytest.mark.slow
+def test_clinical_runs_and_cases_run_once_with_their_smallest_parameters(finished, tmp_path):
+    own = {"adapted": finished, "run_dir": str(tmp_path / "clinical")}
+    for name in ("31_clinical_runs", "32_case_studies"):
+        run(ROOT / "nbs" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", **SMALLEST[name] | own)
+    results = json.loads((tmp_path / "clinical" / "results.json").read_text())
+    assert set(results["stages"]) == {"base", "adapted", "base+SFT", "adapted+SFT"} and results["restricted"] is None
+    assert {path.name for path in (tmp_path / "clinical" / "figures").iterdir()} >= {"cases.html", "case-1.png", "case-2.svg"}
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)
