@@ -27,6 +27,9 @@ SMALLEST = {
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
     "33b_memorization": {"run_dir": "RUN", "most_notes": 60, "repetitions": "0 4", "each": 2, "references": 31, "steps": 4, "overrides": SMALL_MODEL},
     "22_qa_runs": {"adapted": "FINISHED", "pubmedqa": "ASKED", "bioasq": "ASKED", "run_dir": "RUN", "seeds": 2, "steps": 2, "overrides": {"max_tokens": 96, "evaluations": 1}},
+    "31_clinical_runs": {"adapted": "FINISHED", "run_dir": "RUN", "sample": 120, "seeds": 1, "steps": 1, "answer": 60, "test_notes": 3, "settings": 0,
+                         "overrides": {"max_tokens": 128, "sequences_per_step": 2, "evaluations": 1}},
+    "32_case_studies": {"adapted": "FINISHED", "run_dir": "RUN", "sample": 120, "test_notes": 3, "cases": 1},
 }
 SIZES = {"pubmed": 120, "c4": 60, "wikipedia": 30}
 RUNS = [path for path in sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
@@ -156,6 +159,14 @@ def test_question_answering_runs_twice_with_its_smallest_parameters(finished, as
     written = (tmp_path / "run" / "results.json").read_bytes()
     run(ROOT / "nbs" / "22_qa_runs.ipynb", tmp_path / "again.ipynb", **given)
     assert (tmp_path / "run" / "results.json").read_bytes() == written
+@pytest.mark.slow
+def test_clinical_runs_and_cases_run_once_with_their_smallest_parameters(finished, tmp_path):
+    own = {"adapted": finished, "run_dir": str(tmp_path / "clinical")}
+    for name in ("31_clinical_runs", "32_case_studies"):
+        run(ROOT / "nbs" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", **SMALLEST[name] | own)
+    results = json.loads((tmp_path / "clinical" / "results.json").read_text())
+    assert set(results["stages"]) == {"base", "adapted", "base+SFT", "adapted+SFT"} and results["restricted"] is None
+    assert {path.name for path in (tmp_path / "clinical" / "figures").iterdir()} >= {"cases.html", "case-1.png", "case-2.svg"}
 
 
 @pytest.mark.parametrize("path", RUNS, **IDS)

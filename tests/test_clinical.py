@@ -1,0 +1,237 @@
+"Notes as tasks: no patient on both sides, no answer in a prompt, no text outside the private folder, nothing scored that was not written."
+import csv
+import json
+import os
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import papermill
+import pytest
+
+from biomamba.checkpoints import save_model
+from biomamba.clinical import LIMITS, SIDES, TARGETS, TASKS, Item, Limits, discharge_item, load_notes, make_items, select_notes, side_of, synthetic_notes, without_copies
+from biomamba.documents import NOTE_COLUMNS, read_mimic
+from biomamba.mamba2 import mamba2_config, new_model
+from biomamba.records import Document, ReadReport
+from biomamba.runs import UserError, recipe, restricted
+from biomamba.scoring import Answer, kept_answers, score_answers
+from biomamba.sections import parse_sections
+from biomamba.steps import train_tokenizer, wrap_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = "Qzyvarrel"
+
+
+def write_csv(path: Path, rows: list[dict], columns=NOTE_COLUMNS, encoding: str = "utf-8") -> Path:
+    "Notes in MIMIC-IV-Note's columns."
+    with open(path, "w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def row(i: int, text: str, subject: int | None = None) -> dict:
+    return {"note_id": f"{10_000_000 + i}-DS-1", "subject_id": 10_000_000 + (i if subject is None else subject), "hadm_id": i, "note_type": "DS", "note_seq": 1, "text": text}
+
+
+@pytest.fixture(scope="session")
+def shaped(data, tmp_path_factory) -> Path:
+    "The open notes that have sections of admission and of discharge, as a MIMIC-shaped CSV: three notes a patient."
+    csv.field_size_limit(10**8)
+    texts = []
+    for path in sorted((data / "clinical").rglob("*.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            texts += [r.get("transcription") or r.get("note") or "" for r in csv.DictReader(file)]
+    kept = [t for t in texts if not isinstance(discharge_item(Document("x", t, "open", {"subject_id": "1"}), Limits()), str)]
+    assert len(kept) > 300
+    return write_csv(tmp_path_factory.mktemp("shaped") / "discharge.csv", [row(i, t, i // 3) for i, t in enumerate(kept)])
+
+
+# ---------------------------------------------------------------- split
+
+@pytest.mark.parametrize("seed", [42, 7])
+def test_no_patient_and_no_note_on_two_sides(seed):
+    chosen = load_notes(None, 200, seed=seed)
+    for what in (lambda n: n.id, lambda n: n.meta["subject_id"], lambda n: n.text):
+        sets = [{what(n) for n in chosen.notes[side]} for side in SIDES]
+        assert sum(map(len, sets)) == len(set.union(*sets))
+    assert all(side_of(n.meta["subject_id"], seed) == side for side in SIDES for n in chosen.notes[side])
+
+
+def test_the_order_of_the_file_and_more_notes_change_no_side():
+    notes = list(synthetic_notes(150))
+    shuffled = random.Random(0).sample(notes, len(notes))
+    some, all_ = select_notes(notes[:100]), select_notes(shuffled)
+    for side in SIDES:
+        assert {n.id for n in some.notes[side]} <= {n.id for n in all_.notes[side]}
+        assert [n.id for n in all_.notes[side]] == [n.id for n in select_notes(notes).notes[side]]
+
+
+def test_at_most_as_many_notes_are_kept_and_the_rest_is_counted():
+    most = {"train": 20, "validation": 3, "test": 4}
+    chosen = select_notes(synthetic_notes(150), most)
+    assert {side: len(chosen.notes[side]) for side in SIDES} == most
+    assert chosen.counts["more than needed"] == 150 - 27
+    everything = select_notes(synthetic_notes(150))
+    assert all(chosen.notes[side] == everything.notes[side][:n] for side, n in most.items())
+
+
+def test_a_planted_near_duplicate_leaves_the_side_that_is_not_scored(shaped):
+    notes = list(read_mimic(shaped))
+    test = next(n for n in notes if side_of(n.meta["subject_id"]) == "test" and len(n.text) > 2000)
+    stranger = next(str(p) for p in range(999) if side_of(str(p)) == "train")
+    copy = replace(test, id="1-DS-1", text=test.text.replace("patient", "pt.", 1) + " End.", meta=test.meta | {"subject_id": stranger})
+    before, after = without_copies(select_notes(notes)), without_copies(select_notes([copy, *notes]))
+    assert after.counts["near-duplicate of another side"] == before.counts["near-duplicate of another side"] + 1
+    assert copy.id not in {n.id for side in SIDES for n in after.notes[side]} and test.id in {n.id for n in after.notes["test"]}
+
+
+# ---------------------------------------------------------------- leaks
+
+def test_no_target_in_the_prompt_of_any_open_note(shaped):
+    items, counts = make_items(read_mimic(shaped), "discharge", Limits(None, None))
+    assert len(items) > 300 and not counts
+    for item in items:
+        targets = [(s.start, s.end) for s in parse_sections(item.note) if s.name in TARGETS]
+        assert not [1 for a, b in item.source for c, d in targets if a < d and c < b]
+        assert item.context == "".join(item.note[a:b] for a, b in item.source)
+
+
+FORMS = ["{}:", "{}", "{} :", "  {}:", "# {}", "**{}**", "= {} =", "3. {}:", "{} (by problem):", "{} - see below"]
+
+
+@pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("Assessment", "Plan")])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_marker_in_a_target_section_never_reaches_the_prompt(name, form):
+    note = next(synthetic_notes(1, seed=5))
+    for change in (str, str.upper, str.lower):
+        planted = f"{form.format(change(name))}\n{MARKER}\nPhysical Exam:\n{MARKER}\nAllergies: {MARKER}\nLabs: {MARKER}\n"
+        text = note.text.replace(f"{name}:\n", planted) if f"\n{name}:\n" in note.text else note.text.replace("Brief Hospital Course:\n", planted)
+        item = discharge_item(replace(note, text=text), Limits(None, None))
+        assert MARKER in text and MARKER not in item.context, (form, change)
+
+
+LATE = ["DISCHARGE EXAM:", "Exam at discharge:", "Physical exam on discharge", "PE on day of discharge:", "On discharge:", "Discharge:", "discharge vitals:", "D/C exam", "Vitals prior to discharge:", "DISCHARGE PHYSICAL EXAMINATION"]
+LATE_LABS = ["DISCHARGE LABS", "Labs at discharge:", "Labs on the day of discharge", "ON DISCHARGE", "D/C labs:", "Discharge: ", "discharge CBC:", "DISCHARGE Hgb-", "Labs prior to discharge", "Lab results at time of discharge:"]
+
+
+@pytest.mark.parametrize("header, forms", [("DISCHARGE PHYSICAL EXAM:\n", LATE), ("DISCHARGE LABS:\n", LATE_LABS)], ids=["exam", "labs"])
+def test_what_was_found_at_discharge_is_cut(header, forms):
+    note = next(synthetic_notes(1, seed=6))
+    for form in forms:
+        text = note.text.replace(header, f"{form}\n{MARKER}\nHEENT: {MARKER}\nNEURO:\n{MARKER}\n")
+        item = discharge_item(replace(note, text=text), Limits(None, None))
+        assert MARKER in text and MARKER not in item.context, form
+        assert "ADMISSION PHYSICAL EXAM" in item.context and "ADMISSION LABS" in item.context and "STUDIES" in item.context
+
+
+def test_source_and_target_may_not_meet():
+    with pytest.raises(AssertionError, match="must not meet"):
+        Item("1", "1", "discharge", "abcdef", ((0, 4),), ((3, 6),))
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_missing_columns_are_named(tmp_path):
+    path = write_csv(tmp_path / "discharge.csv", [], columns=("note_id", "text"))
+    with pytest.raises(UserError, match="subject_id"):
+        load_notes(path)
+
+
+def test_what_is_no_note_is_counted(tmp_path):
+    good = [row(i, n.text, i) for i, n in enumerate(synthetic_notes(120))]
+    bad = [row(500, ""), row(501, "  \n "), row(502, "\x01\x02\x03\x04 a"), row(503, "12 34"), good[3], row(504, "Chief Complaint:\n" + "Cough and nothing else. " * 20)]
+    chosen = load_notes(write_csv(tmp_path / "discharge.csv", good + bad))
+    assert [chosen.counts[why] for why in ("empty text", "binary", "no words", "duplicate note_id")] == [2, 1, 1, 1]
+    assert chosen.restricted and {"10000504-DS-1"} & {n.id for side in SIDES for n in chosen.notes[side]}
+    side = side_of("10000504")
+    items, counts = make_items(chosen.notes[side], "discharge", LIMITS[side])
+    assert counts == {"no discharge sections": 1} and len(items) == len(chosen.notes[side]) - 1
+
+
+def test_another_encoding_is_refused_by_name(tmp_path):
+    rows = [row(i, "Chief Complaint:\nFi\u00e8vre et c\u00e9phal\u00e9es. " * 9) for i in range(30)]
+    for encoding, says in (("latin-1", "no valid UTF-8"), ("utf-16", "columns")):
+        with pytest.raises(UserError, match=says):
+            list(read_mimic(write_csv(tmp_path / "discharge.csv", rows, encoding=encoding)))
+
+
+def test_a_note_of_five_megabytes_is_a_note(tmp_path):
+    note = next(synthetic_notes(1))
+    long = note.text.replace("CHRONIC ISSUES:", "CHRONIC ISSUES:\n" + "Stable on the floor, no events overnight.\n" * 120_000)
+    assert len(long) > 5e6
+    [read] = read_mimic(write_csv(tmp_path / "discharge.csv", [row(1, long)]))
+    for task, make in TASKS.items():
+        item = make(read, LIMITS["train"])
+        assert len(item.context) <= 3000 and 50 <= len(item.reference) <= 2000, task
+
+
+def test_too_few_patients_are_refused(tmp_path):
+    path = write_csv(tmp_path / "discharge.csv", [row(i, n.text) for i, n in enumerate(synthetic_notes(2))])
+    with pytest.raises(UserError, match="leaves no note for"):
+        load_notes(path)
+
+
+# ---------------------------------------------------------------- scoring
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return make_items(list(synthetic_notes(6)), "discharge", LIMITS["test"])[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return wrap_tokenizer(train_tokenizer([n.text for n in synthetic_notes(20)], 500))
+
+
+def test_answers_of_other_items_are_never_scored(items, tokenizer, tmp_path):
+    answers = [Answer(i.id, "text", 1, "eos") for i in items]
+    with pytest.raises(AssertionError, match="other items"):
+        score_answers(items, answers[::-1], tokenizer)
+    with pytest.raises(ValueError):
+        score_answers(items, answers[:-1], tokenizer)
+    kept_answers(tmp_path / "a.jsonl", items, lambda: answers, "model")
+    calls = []
+    kept_answers(tmp_path / "a.jsonl", [replace(items[0], target=items[0].target[:1]), *items[1:]], lambda: calls.append(1) or answers, "model")
+    assert calls, "a changed reference needs new answers"
+
+
+def test_an_error_while_writing_is_an_error(items, tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kept_answers(tmp_path / "a.jsonl", items, lambda: (_ for _ in ()).throw(RuntimeError("out of memory")), "model")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the run, on open notes
+
+def long_pieces(texts: list[str]) -> set[str]:
+    "A piece of each text that no other has, in one line and long enough to be told from a template."
+    pieces = Counter(p for t in texts for p in {p.strip() for p in re.split(r"[\n,]|(?<=\.)\s", t)} if len(p) > 40)
+    return {p for p, n in pieces.items() if n == 1}
+
+
+@pytest.mark.slow
+def test_open_notes_run_through_and_no_text_gets_out(shaped, tmp_path, tokenizer):
+    small = recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=512)
+    for seed, name in enumerate(("base", "adapted")):
+        save_model(new_model(mamba2_config(small), seed=seed), tmp_path / name, tokenizer)
+    given = {"scale": "tiny", "base": str(tmp_path / "base"), "adapted": str(tmp_path / "adapted"), "notes": str(shaped), "test_notes": 3}
+    run = tmp_path / "run"
+    papermill.execute_notebook(ROOT / "nbs/31_clinical_runs.ipynb", run.parent / "31.ipynb", cwd=ROOT, kernel_name="python3", progress_bar=False,
+        parameters=given | {"run_dir": str(run), "seeds": 1, "steps": 2, "answer": 200, "settings": 0, "overrides": {"max_tokens": 256, "sequences_per_step": 2, "evaluations": 1}})
+    papermill.execute_notebook(ROOT / "nbs/32_case_studies.ipynb", run.parent / "32.ipynb", cwd=ROOT, kernel_name="python3", progress_bar=False, parameters=given | {"run_dir": str(run), "cases": 1})
+    results = json.loads((run / "results.json").read_text())
+    assert results["stages"].keys() == {"base", "adapted", "base+SFT", "adapted+SFT"} and results["restricted"] == restricted(run)
+    texts = [n.text for n in read_mimic(shaped)]
+    answers = [json.loads(line)["text"] for path in (run / "private").glob("*.jsonl") for line in path.read_text().splitlines()[1:] if "text" in line]
+    pieces = {p.encode() for p in long_pieces(texts) | long_pieces(answers)} | {json.dumps(p)[1:-1].encode() for p in long_pieces(texts)}
+    pattern = re.compile(b"|".join(map(re.escape, sorted(pieces))))
+    assert len(pieces) > 3000 and pattern.search(shaped.read_bytes())
+    outside = [p for p in [*run.rglob("*"), *tmp_path.glob("*.ipynb")] if p.is_file() and "private" not in p.parts]
+    assert len(outside) > 8 and not [str(p) for p in outside if pattern.search(p.read_bytes())]
+    assert list((run / "private/cases").glob("case-*.png")) and oct((run / "private").stat().st_mode)[-3:] == "700"
+    assert all(not p.stat().st_mode & 0o077 for p in (run / "private").glob("*.jsonl")) or os.name != "posix"
