@@ -30,7 +30,7 @@ def test_the_harness_gives_our_numbers(tmp_path):
     tokenizer = wrap_tokenizer(train_tokenizer([t for some in texts.values() for t in some], 500))
     save_model(new_model(mamba2_config(recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=500)), 0), tmp_path / "model", tokenizer)
     lm_eval_tasks(str(tmp_path / "tasks"), documents=3, characters=900)
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32,device=cpu", "--include_path", str(tmp_path / "tasks"),
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--include_path", str(tmp_path / "tasks"),
                "--tasks", ",".join(f"biomamba_{s}" for s in SOURCES), "--output_path", str(tmp_path / "out"), "--batch_size", "1", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
