@@ -310,7 +310,7 @@ def pretrain(
     "Train the run to its end, from where it stands; one that has ended returns what it found."
     done, settings = run / "training.json", machine_settings(corpus.recipe)
     with run.lock():
-        inherit_mark(run.folder, model_folder, corpus.collection.folder)
+        inherit_mark(run.folder, model_folder, corpus.folder)
         if not done.exists():
             with held(run):
                 write_atomic(run / "manifest.json", json.dumps(corpus.manifest, indent=1))
