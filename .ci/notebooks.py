@@ -130,7 +130,7 @@ def outputs(folder: Path, names: list[str]) -> int:
         print(f"no notebook {', '.join(unknown)} in {relative(folder)}; there are: {', '.join(paths)}", file=sys.stderr)
         return 1
     wanted = {name.removesuffix(".ipynb") for name in names} or set(paths)
-    os.environ["TQDM_DISABLE"] = "1"  # the kernels inherit it: a progress bar is no output worth storing
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # the kernels inherit it: a progress bar is no output worth storing
     for stem in [stem for stem in paths if stem in wanted]:
         print(f"executing {relative(paths[stem])}", flush=True)
         try:

@@ -196,7 +196,7 @@ def mixture_fields(
 ) -> dict:  # fields of `Recipe`
     "What a mixture states in a recipe."
     if isinstance(mixture, str):
-        if mixture not in NAMED_MIXTURES: raise UserError(f"mixture {mixture!r}{did_you_mean(mixture, NAMED_MIXTURES)}; {', '.join(NAMED_MIXTURES)}, or shares such as '{{\"pubmed\": 0.8, \"c4\": 0.2}}', is accepted")
+        if mixture not in NAMED_MIXTURES: raise UserError(f"mixture={mixture!r}{did_you_mean(mixture, NAMED_MIXTURES)}; {', '.join(NAMED_MIXTURES)}, or shares such as '{{\"pubmed\": 0.8, \"c4\": 0.2}}', is accepted")
         mixture = NAMED_MIXTURES[mixture]
     if not isinstance(mixture.get("shares"), dict): return {"mixture": dict(mixture)}
     unknown = [name for name in mixture if name not in MIXTURE_FIELDS]

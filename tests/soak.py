@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PLACES = {  # function → how often a run calls it, at least
-    "biomamba.optimizer_step.accumulate": 8, "biomamba.optimizer_step.loss_of": 8, "biomamba.perplexity.document_sums": 12,
+    "biomamba.optimizer_step.accumulate": 8, "biomamba.optimizer_step.loss_of": 8, "biomamba.perplexity.piecewise_losses": 12,
     "biomamba.checkpointing.save_file": 5, "biomamba.checkpointing.checksum": 10, "biomamba.runs.sync": 15, "biomamba.checkpointing.forget": 5,
     "biomamba.training.save_checkpoint": 5, "biomamba.training.save_model": 1, "biomamba.training.summary_of": 1}
 TIMES = ("seconds", "tokens_per_second")

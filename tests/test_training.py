@@ -169,7 +169,7 @@ def whole(collection, base, tmp_path_factory):
 # ---------------------------------------------------------------- killed, stopped
 
 def test_killed_runs_resume_to_the_last_bit(forked, collection, base, whole, tmp_path):
-    ways = {"step": {"kill": ["biomamba.optimizer_step.loss_of", 7, False]}, "evaluation": {"kill": ["biomamba.perplexity.document_sums", 8, True]},
+    ways = {"step": {"kill": ["biomamba.optimizer_step.loss_of", 7, False]}, "evaluation": {"kill": ["biomamba.perplexity.piecewise_losses", 8, True]},
             "checkpoint": {"kill": ["biomamba.checkpointing.save_file", 3, False]}, "clock": {"kill_after": 0.6}}
     for name, way in ways.items():
         run = claimed(tmp_path / name, SMALL, collection, base)
