@@ -146,6 +146,7 @@ def test_a_model_is_not_pushed_and_keeps_its_mark(made, tmp_path):
     assert all("Data Use Agreement" in (tmp_path / name / "README.md").read_text() for name in ("saved", "ssm", "back"))
 
 
+@pytest.mark.slow
 def test_a_run_from_a_restricted_model_is_restricted_and_its_trackers_are_local(made, texts, tmp_path):
     place = made[0]
     words = ["cpt", "--model", str(place / "run" / "model"), "--corpus", str(texts), "--run-dir", str(tmp_path / "next"), "--steps", "2",
