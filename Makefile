@@ -16,7 +16,7 @@ ROW ?=
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 NOTEBOOKS := $(PY) .ci/notebooks.py
-PYTEST := TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra
+PYTEST := OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra -n 2 --dist loadfile
 
 .NOTPARALLEL:
 .PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench outputs export readme results docs clean
