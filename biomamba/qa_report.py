@@ -45,10 +45,10 @@ def answers_table(
             written = metrics.get("written accuracy")
             rows.append((f"{PROTOCOLS[name]}, {arm}", f"{found['n']:,}", _number(metrics["accuracy"], ci=wilson), f"{100 * found['majority']['accuracy']:.1f}",
                          f"{100 * found['ceiling']:.1f}", _number(metrics["macro-F1"]), f"{100 * written['mean']:.1f}" if written else "—",
-                         f"{metrics['Brier']['mean']:.3f}", f"{metrics['ECE']['mean']:.3f}"))
+                         f"{metrics['Brier']['mean']:.3f}", f"{metrics['ECE']['mean']:.3f}", found["beside"][arm] or "decontaminated"))
     absent = [f"{PROTOCOLS[name]}: absent, {results[name]['absent']}" for name in PROTOCOLS if "absent" in results[name]]
     caption = f"Scale {results['scale']}, {len(results['seeds'])} seeds, in percent; 95 % intervals over seeds, for one seed Wilson's. Written: first seed. " + "; ".join(absent)
-    return Grid(("protocol, model", "n", "accuracy", "majority", "ceiling", "macro-F1", "written", "Brier", "ECE"), tuple(rows), caption.strip())
+    return Grid(("protocol, model", "n", "accuracy", "majority", "ceiling", "macro-F1", "written", "Brier", "ECE", "corpus"), tuple(rows), caption.strip())
 
 # %% ../nbs/40f_qa_report.ipynb #34dd19b6
 def _chance(p: float) -> str:

@@ -57,6 +57,7 @@ class QuestionSet:
     questions: list[Question] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)  # what became of the records
     named: list[str] = field(default_factory=list)    # the first hundred that were left out, and why
+    files: list[Path] = field(default_factory=list)   # where they stand
 
     def drop(self, what: str, why: str) -> None:
         self.counts[why] += 1
@@ -118,7 +119,7 @@ def read_pubmedqa_set(
 ) -> tuple[QuestionSet, dict[str, str] | None]:  # questions in the file's order; id → answer of the official test set
     "PubMedQA's labelled questions and its official test ids."
     path, truth = find_pubmedqa(path)
-    found, report = QuestionSet("PubMedQA"), ReadReport()
+    found, report = QuestionSet("PubMedQA", files=[path]), ReadReport()
     read = [question_of(d) for d in read_pubmedqa(path, report=report, max_bad=MOST_BAD)]
     _take_report(add_questions(found, read), report)
     if not found.questions: raise UserError(f"{path} holds no question with an answer; PubMedQA's labelled set, ori_pqal.json, is accepted")
@@ -169,7 +170,7 @@ def read_bioasq_set(
     name: str,
 ) -> QuestionSet:
     "The yes/no questions of some files of BioASQ."
-    found = QuestionSet(name)
+    found = QuestionSet(name, files=list(files))
     for path in files:
         report = ReadReport()
         add_questions(found, [question_of(d, batch_name(path)) for d in read_bioasq(path, report=report, max_bad=MOST_BAD)])
@@ -192,7 +193,7 @@ def bioasq_parts(
     return files[:-1], files[-1:]
 
 # %% ../nbs/21a_questions.ipynb #569244de
-SAMPLE = {"questions": 500, "batches": 5, "batch": 100, "seed": 0}
+SAMPLE = {"questions": 500, "batches": 5, "batch": 100, "seed": 11}
 
 def sample_qa(
     sizes: dict | None = None,   # of `SAMPLE`; None: all of it

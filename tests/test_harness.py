@@ -1,4 +1,4 @@
-"lm-evaluation-harness, where it is installed, gives our bits per byte on an exported model, offline."
+"lm-evaluation-harness, where it is installed, gives our bits per byte and our answers on an exported model, offline."
 import importlib.util
 import json
 import math
@@ -11,10 +11,12 @@ import pytest
 
 from biomamba.checkpoints import save_model
 from biomamba.comparison import candidate, open_model, score_texts
-from biomamba.harness import VERSION, lm_eval_tasks
+from biomamba.harness import VERSION, lm_eval_tasks, question_tasks
 from biomamba.heldout import test_texts as texts_of
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.perplexity import perplexity
+from biomamba.qa import score_questions
+from biomamba.questions import sample_qa
 from biomamba.runs import UserError, recipe
 from biomamba.steps import train_tokenizer, wrap_tokenizer
 
@@ -29,9 +31,11 @@ def test_the_harness_gives_our_numbers(tmp_path):
     texts = {s: [t[:900] for t in some] for s, some in texts_of("sample", documents=3).items()}
     tokenizer = wrap_tokenizer(train_tokenizer([t for some in texts.values() for t in some], 500))
     save_model(new_model(mamba2_config(recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=500)), 0), tmp_path / "model", tokenizer)
-    lm_eval_tasks(str(tmp_path / "tasks"), documents=3, characters=900)
+    files = sample_qa({"questions": 24, "batches": 2, "batch": 12})
+    given = {"pubmedqa": str(files), "bioasq": str(files / "bioasq" / "sample_batch2.json")}
+    lm_eval_tasks(str(tmp_path / "tasks"), documents=3, characters=900, **given)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--include_path", str(tmp_path / "tasks"),
-               "--tasks", ",".join(f"biomamba_{s}" for s in SOURCES), "--output_path", str(tmp_path / "out"), "--batch_size", "1", "--device", "cpu"]
+               "--tasks", ",".join(f"biomamba_{s}" for s in (*SOURCES, "pubmedqa", "bioasq")), "--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "1", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -42,6 +46,16 @@ def test_the_harness_gives_our_numbers(tmp_path):
     for s in SOURCES:
         ours = perplexity(score_texts(c, model, texts[s])).bits_per_byte
         assert math.isclose(theirs[f"biomamba_{s}"]["bits_per_byte,none"], ours, rel_tol=1e-5), s
+    for name, (classes, questions) in question_tasks(**given).items():
+        answers = {p.id: p for p in score_questions(model, tokenizer, questions, classes, max_tokens=2048)}
+        [samples] = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
+        logged = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert {s["doc"]["id"] for s in logged} == set(answers) and len(answers) == 12
+        for sample in logged:
+            likelihoods = [float(r[0][0]) for r in sample["resps"]]
+            assert likelihoods == pytest.approx([answers[sample["doc"]["id"]].scores[c] for c in classes], rel=1e-4)
+        accuracy = sum(p.gold == p.prediction for p in answers.values()) / len(answers)
+        assert math.isclose(theirs[name]["acc,none"], accuracy, rel_tol=1e-9), name
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
