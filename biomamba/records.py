@@ -10,7 +10,7 @@ __all__ = ['MIB', 'LONGEST', 'MAGIC', 'OPENERS', 'TEXTS', 'IDS', 'FACTS', 'FORMA
            'reasons', 'check_share', 'check_request', 'without_titles']
 
 # %% ../nbs/02a_records.ipynb #0ef3ea0a
-import hashlib, json, os, re, zlib
+import hashlib, json, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 import zstandard
+from isal import isal_zlib
 
 from .runs import UserError, progress
 
@@ -99,10 +100,10 @@ LONGEST = 64 * MIB  # bytes in one line, text file or record
 def unzip(
     raw,  # an open binary file
 ) -> Iterator[bytes]:  # at most a mebibyte each
-    "The decompressed pieces of a gzip file of one or more members; zlib checks their sums."
+    "The decompressed pieces of a gzip file of one or more members; the sums are checked."
     member, fed = None, b""
     while fed := fed or raw.read(1 << 16):
-        if member is None or member.eof: member = zlib.decompressobj(wbits=31)  # 31: gzip's own header and trailer
+        if member is None or member.eof: member = isal_zlib.decompressobj(wbits=31)  # 31: gzip's own header and trailer
         piece = member.decompress(fed, MIB)
         fed = member.unused_data.lstrip(b"\0") if member.eof else member.unconsumed_tail
         if piece: yield piece
@@ -143,7 +144,7 @@ def chunks(
             packed = next((kind for magic, kind in MAGIC.items() if raw.peek(4).startswith(magic)), None)
             if packed and suffix not in OPENERS: raise BrokenFile(f"is compressed; a name that ends in {packed} is accepted")
             yield from OPENERS.get(suffix, plain)(raw)
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, isal_zlib.error, zstandard.ZstdError) as error:
         raise BrokenFile(f"is damaged or was cut off ({error})") from None
     except OSError as error: raise BrokenFile(f"cannot be read ({error.strerror or error})") from None
 
