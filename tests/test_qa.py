@@ -17,7 +17,7 @@ from biomamba.mamba2 import EOS, mamba2_config, new_model
 from biomamba.metrics import ACCURACY, measure
 from biomamba.protocols import (answers_dir, base_of, models_of, paired_results, protocol_results, qa_recipe, run_arm, share_of,
                                 splits_of, weights_of)
-from biomamba.qa import (Prediction, ask, candidates, generated_answers, prompts_of, qa_example, read_answer, read_predictions,
+from biomamba.qa import (Prediction, ask, candidates, generated_answers, prompt_text, prompts_of, qa_example, read_answer, read_predictions,
                          score_questions, write_settings)
 from biomamba.questions import (YES_NO, YES_NO_MAYBE, Question, QuestionSet, add_questions, apart, balanced, bioasq_files, bioasq_items,
                                 bioasq_parts, check_apart, find_pubmedqa, hold_out, official_split, published_split, read_bioasq_set,
@@ -257,9 +257,10 @@ def test_one_prompt_for_training_and_scoring(tokenizer, texts):
             assert np.array_equal(example.prompt, made.prompt), "the answer must not show in the prompt"
             assert example.tokens <= 128 and example.answer[-1] == EOS and tokenizer.decode(example.answer[:-1]) == f" {answer}"
         text = tokenizer.decode(made.prompt[1:])
-        assert text.startswith("Context: ") and text.endswith(f"\nQuestion: {q.question}\nAnswer:")
+        assert text.startswith("Context:") and text.endswith(f"\nQuestion: {q.question}\nAnswer:")
         whole = qa_example(q, YES_NO_MAYBE, tokenizer, 4000)
         assert whole.cut == 0 and made.cut == len(whole.prompt) - len(made.prompt)
+        assert whole.prompt[1:].tolist() == tokenizer(prompt_text(q)).input_ids, "the parts must make the ids of the whole text"
 
 
 def test_a_question_that_fills_the_window_is_named(tokenizer):
