@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra -n 2 --dist loadfile
 
 .NOTPARALLEL:
-.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench outputs export readme results docs clean
+.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench outputs export readme results docs test-docs dist test-package ruff lint clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-16s%s\n' "$$name" "$$text"; done
@@ -71,13 +71,26 @@ results: cpt ## draw the finished runs into figures/; the same results give the 
 	mkdir -p runs/learning_curves
 	$(BIN)/papermill nbs/13_learning_curves.ipynb runs/learning_curves/13_learning_curves.ipynb -k python3 -p run_dir figures -p runs "$(RUNS)"
 
-docs: ## build the documentation site in _docs/
+docs: ## build the documentation site in _docs/, two minutes; Quarto renders it where it is installed, smalldocs elsewhere
 	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,docs
-	rm -rf _proc _docs
-	$(PY) -c "from nbdev.serve import proc_nbs; proc_nbs()"
-	cp _quarto.yml _proc/
-	if [[ -d figures ]]; then cp -r figures _proc/; sed -i 's#\.\./figures/#figures/#g' _proc/*.ipynb; fi
-	if command -v quarto >/dev/null; then quarto render _proc; else $(BIN)/smalldocs render _proc; fi
+	$(PY) .ci/docs.py
+
+test-docs: docs ## build the site and open every page of it in headless Chromium; screenshots in _proc/screenshots/
+	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,docs,browser
+	$(PY) -m pytest tests/test_site.py --strict-markers -ra
+
+dist: setup ## build the source distribution and the wheel in dist/
+	rm -rf dist
+	$(PY) -m build
+
+test-package: setup ## build, install in an empty environment without a network, and use what was installed
+	$(PY) -m pytest tests/test_package.py --strict-markers -ra
+
+ruff: setup ## find mistakes in Python files
+	$(BIN)/ruff check --config .ci/ruff.toml biomamba tests benchmarks .ci
+
+lint: ruff ## the same, and check the types of the library
+	$(BIN)/basedpyright --project .ci/pyrightconfig.json
 
 clean: ## remove what can be made again, except runs and the environment
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis

@@ -1,5 +1,6 @@
 "The house rules that no single room can check."
 import ast
+import fnmatch
 import importlib.metadata
 import json
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 import biomamba
 
@@ -193,7 +195,7 @@ def test_requirements_are_what_is_imported():
 def test_the_development_set_is_pinned():
     lines = [line for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
-    for key in ("requirements", "dev_requirements", "docs_requirements", "compare_requirements", "ray_requirements"):
+    for key in ("requirements", "dev_requirements", "docs_requirements", "compare_requirements", "ray_requirements", "browser_requirements"):
         assert requirements(key) <= set(pins), f"{key}: {sorted(requirements(key) - set(pins))} have no pin"
 
 
@@ -210,6 +212,70 @@ def test_the_wheel_holds_the_library_and_the_run_notebooks(tmp_path):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     library = {f"biomamba/{path.name}" for path in (ROOT / "biomamba").glob("*.py")}
     assert held == library | {f"biomamba/notebooks/{path.name}" for path in RUNS}
+
+
+def targets() -> set[str]:
+    "What the Makefile can make."
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, **IDS)
+def test_a_workflow_is_whole_and_makes_what_can_be_made(path):
+    flow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert flow["name"] == path.stem and flow[True] and flow["permissions"] == {"contents": "read"}   # YAML reads `on` as true
+    for job in flow["jobs"].values():
+        assert job["runs-on"] and job["timeout-minutes"] and set(job.get("needs", "").split()) <= set(flow["jobs"])
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step), step
+            if "run" in step: assert re.match(r"make ([a-z-]+)", step["run"])[1] in targets(), step
+            else: assert re.fullmatch(r"[\w.-]+/[\w.-]+@(v\d+|release/v\d+)", step["uses"]), step
+    assert "secrets." not in path.read_text(encoding="utf-8")
+
+
+def test_publishing_is_trusted_and_ships_what_was_built():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == "build"
+    kept, fetched = jobs["build"]["steps"][-1], jobs["publish"]["steps"][0]
+    assert kept["with"]["name"] == fetched["with"]["name"] and kept["with"]["path"] == "dist"
+
+
+def test_hooks_make_what_can_be_made():
+    hooks = [hook for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"] for hook in repo["hooks"]]
+    assert {hook["id"] for hook in hooks} == {"gate", "ruff"}
+    assert all(hook["entry"].removeprefix("make ") in targets() and not hook["pass_filenames"] for hook in hooks)
+
+
+def test_make_help_names_every_target():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert targets() - {"help"} <= set(re.findall(r"^make ([a-z-]+) ", told, re.M))
+
+
+# ---------------------------------------------------------------- the site
+
+def in_sidebar() -> list[str]:
+    "Patterns and paths of the sidebar, in order."
+    found = []
+    def walk(item):
+        if isinstance(item, str): found.append(item)
+        elif isinstance(item, list): [walk(part) for part in item]
+        elif "href" in item: found.append(item["href"])
+        else: walk(item["contents"])
+    walk(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
+    return found
+
+
+def test_the_sidebar_has_every_room_and_guide_once_in_reading_order():
+    patterns = in_sidebar()
+    names = [path.name for path in NOTEBOOKS] + [f"guides/{path.name}" for path in sorted((ROOT / "nbs" / "guides").glob("*.md"))]
+    lost = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    assert not lost, f"_quarto.yml names no section for {lost}"
+    order = [min(i for i, pattern in enumerate(patterns) if fnmatch.fnmatchcase(path.name, pattern)) for path in NOTEBOOKS if path.stem != "index"]
+    assert order == sorted(order)
+    for pattern in patterns:
+        if not pattern.startswith(("api/", "contributing", "changelog")): assert list((ROOT / "nbs").glob(pattern)), f"{pattern} in _quarto.yml is nothing"
 
 
 # ---------------------------------------------------------------- what is published
