@@ -86,7 +86,8 @@ dist: setup ## build the source distribution and the wheel in dist/
 test-package: setup ## build, install in an empty environment without a network, and use what was installed
 	$(PY) -m pytest tests/test_package.py --strict-markers -ra
 
-ruff: setup ## find mistakes in Python files
+ruff: ## find mistakes in Python files
+	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,lint
 	$(BIN)/ruff check --config .ci/ruff.toml biomamba tests benchmarks .ci
 
 lint: ruff ## the same, and check the types of the library

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from html import unescape
-from pathlib import Path
 
 from notebooks import LINK, ROOT
 

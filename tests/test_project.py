@@ -195,7 +195,7 @@ def test_requirements_are_what_is_imported():
 def test_the_development_set_is_pinned():
     lines = [line for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
-    for key in ("requirements", "dev_requirements", "docs_requirements", "compare_requirements", "ray_requirements", "browser_requirements"):
+    for key in ("requirements", "dev_requirements", "docs_requirements", "compare_requirements", "ray_requirements", "browser_requirements", "lint_requirements"):
         assert requirements(key) <= set(pins), f"{key}: {sorted(requirements(key) - set(pins))} have no pin"
 
 
