@@ -18,6 +18,8 @@ from notebooks import LINK, ROOT
 
 STAGE, SITE = ROOT / "_proc", ROOT / "_docs"
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # of the root, and what they are called on the site
+TITLE = re.compile(r"\A# (.*)\n\n> (.*)\n")  # of a guide
+SYMBOL = re.compile(r"\[(`[^`]+`)\]\((https?://[^)\s]+)\)")  # a name that nbdev has linked
 FENCED = re.compile(r"(^ {0,3}(```+|~~~+).*?^ {0,3}\2[ \t]*$)", re.M | re.S)
 TEX = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 KATEX = re.compile(r"<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?")
@@ -41,9 +43,20 @@ def on_site(path: str) -> str:
     return f"{cfg['git_url']}/blob/{cfg['branch']}/{path}"
 
 
+def meant(name: str, target: str, source: str) -> bool:
+    "Whether a name in prose is that of the library: a common word such as `total` is one in its own room alone."
+    module = posixpath.basename(target).split(".")[0]
+    return not re.fullmatch("`[a-z]+`", name) or posixpath.basename(source).endswith(f"_{module}.ipynb")
+
+
 def relinked(text: str, source: str, symbols: dict[str, str]) -> str:
     "Markdown of a file of the repository with the links that it has on the site; code is left alone."
     page = on_site(source)
+
+    def symbol(match: re.Match) -> str:
+        name, address = match.groups()
+        target = symbols.get(address.lower())
+        return match[0] if target is None or meant(name, target, source) else name
 
     def link(match: re.Match) -> str:
         prefix, target = match.groups()
@@ -55,7 +68,7 @@ def relinked(text: str, source: str, symbols: dict[str, str]) -> str:
         return prefix + path + hash_ + fragment
 
     pieces = FENCED.split(text)  # text, a fenced block, its fence, text, …
-    return "".join(LINK.sub(link, piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
+    return "".join(LINK.sub(link, SYMBOL.sub(symbol, piece)) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
 
 
 def symbol_links(index: dict[str, str]) -> dict[str, str]:
@@ -137,6 +150,7 @@ def pages(symbols: dict[str, str]) -> None:
     lookup = NbdevLookup()
     for path in [ROOT / name for name in PAGES] + sorted((ROOT / "nbs" / "guides").glob("*.md")):
         text, source = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        text = TITLE.sub("---\ntitle: '\\1'\ndescription: '\\2'\ncode-overflow: wrap\n---\n", text)
         for mark, make in COMPUTED.items():
             if mark in text: text = text.replace(mark, make())
         target = STAGE / on_site(source)
