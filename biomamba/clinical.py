@@ -6,7 +6,8 @@
 __all__ = ['SIDES', 'MOST', 'Spans', 'LIMITS', 'ADMISSION', 'TARGETS', 'PUBLISHED_WITHOUT', 'TASKS', 'synthetic_notes',
            'open_notes', 'unfit', 'share_of_hash', 'side_of', 'NoteSet', 'select_notes', 'without_copies', 'load_notes',
            'Item', 'first_characters', 'last_characters', 'Limits', 'completion_item', 'published_completion_item',
-           'discharge_spans', 'minus', 'discharge_item', 'sentences_of', 'repeated_share', 'make_items', 'shown_share']
+           'discharge_spans', 'minus', 'admission_and_discharge', 'discharge_item', 'sentences_of', 'repeated_share',
+           'make_items', 'shown_share']
 
 # %% ../nbs/30b_clinical.ipynb #cacb6717
 import heapq, re
@@ -19,6 +20,7 @@ import numpy as np
 
 from .documents import read_mimic
 from .duplicates import band_hashes, digest, first_of_each, near_copies, shingles, signature
+from .guards import MIMIC, discreet
 from .records import Document, ReadReport
 from .runs import UserError, fingerprint
 from .sample import sample_notes
@@ -78,7 +80,7 @@ class NoteSet:
     "The notes that are used, by side."
     notes: dict[str, list[Document]]              # in the order of their hash
     counts: Counter = field(default_factory=Counter)  # what was read, kept and left out, and why
-    restricted: bool = False
+    restricted: str | None = None                 # why their texts stay on this machine
 
     @property
     def name(self) -> str: return fingerprint([[(note.id, digest(note.text).hex()) for note in self.notes[side]] for side in SIDES])
@@ -95,10 +97,10 @@ def select_notes(
     seed: int = 42,
 ) -> NoteSet:
     "Choose among notes; patients keep their side."
-    counts, seen, heaps, restricted = Counter(), set(), {side: [] for side in SIDES}, False
+    counts, seen, heaps, restricted = Counter(), set(), {side: [] for side in SIDES}, None
     for document in documents:
         counts["read"] += 1
-        restricted = restricted or bool(document.meta.get("restricted"))
+        if document.meta.get("restricted"): restricted = MIMIC
         why = "duplicate note_id" if document.id in seen else unfit(document.text)
         if why: counts[why] += 1; continue
         seen.add(document.id)
@@ -131,7 +133,7 @@ def load_notes(
 ) -> NoteSet:
     "The notes of a source, split and free of copies."
     report = ReadReport()
-    chosen = without_copies(select_notes(open_notes(notes, report, sample), most, seed))
+    with discreet(None if notes is None else MIMIC): chosen = without_copies(select_notes(open_notes(notes, report, sample), most, seed))
     chosen.counts.update(report.skipped)
     empty = [side for side in SIDES if not chosen.notes[side]]
     if empty: raise UserError(f"{notes or 'the sample'} leaves no note for {', '.join(empty)} ({chosen.counts['read']:,} read); a source of at least some dozen patients is accepted")
@@ -153,6 +155,8 @@ class Item:
     def __post_init__(self):
         spans = sorted(self.source + self.target)
         assert all(a < b for a, b in spans) and all(b <= c for (_, b), (c, _) in zip(spans, spans[1:])), "source and target must not meet"
+
+    def __repr__(self) -> str: return f"Item({self.id!r}, {self.task}: {len(self.context):,} characters shown, {len(self.reference):,} asked for)"     # a note may be anybody's
 
     @property
     def context(self) -> str: return "".join(self.note[a:b] for a, b in self.source)
@@ -261,21 +265,30 @@ def minus(
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b)
 
 # %% ../nbs/30b_clinical.ipynb #98c12609
-def discharge_item(
-    note: Document,
-    limits: Limits,
+def admission_and_discharge(
+    text: str,                   # of a note
     as_published: bool = False,  # with the paper's list of headers, and nothing of the day of discharge cut
-) -> Item | str:
-    "Write the discharge sections from the admission sections."
+) -> tuple[Spans, Spans]:  # what is shown, what is asked for
+    "The two sides of a stay."
     source, target, course = [], [], False
-    for section in parse_sections(note.text, PUBLISHED_WITHOUT if as_published else ()):
+    for section in parse_sections(text, PUBLISHED_WITHOUT if as_published else ()):
         course = course or section.name == "Brief Hospital Course"
         if section.name in TARGETS: target.append((section.start, section.end))
         elif section.name in ADMISSION and (not course or section.name == "Medications on Admission"):
             timed = section.name in ("Physical Exam", "Pertinent Results", "Vital Signs") and not as_published
-            source += minus((section.start, section.end), discharge_spans(note.text, section) if timed else ())
+            source += minus((section.start, section.end), discharge_spans(text, section) if timed else ())
+    return tuple(source), tuple(target)
+
+# %% ../nbs/30b_clinical.ipynb #508817b8
+def discharge_item(
+    note: Document,
+    limits: Limits,
+    as_published: bool = False,  # of `admission_and_discharge`
+) -> Item | str:
+    "Write the discharge sections from the admission sections."
+    source, target = admission_and_discharge(note.text, as_published)
     if not source or not target: return "no admission sections" if not source else "no discharge sections"
-    return _fit(Item(note.id, note.meta["subject_id"], "discharge", note.text, tuple(source), tuple(target)), limits)
+    return _fit(Item(note.id, note.meta["subject_id"], "discharge", note.text, source, target), limits)
 
 # %% ../nbs/30b_clinical.ipynb #3195762b
 def sentences_of(

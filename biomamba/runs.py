@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TELEMETRY', 'fingerprint', 'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'sync',
            'replace_folder', 'flatten', 'differences', 'same_run', 'check_run_dir', 'Run', 'read_metrics', 'wordless',
-           'made_once', 'stop_telemetry', 'all_reasons', 'mark_restricted', 'restricted', 'stated', 'inherit_mark',
-           'private_folder', 'assigned', 'check_parameters', 'as_dict', 'given', 'mixture_asked', 'recipe_from',
-           'check_processes', 'spelled', 'run_dir_for', 'version_of', 'environment', 'code_version']
+           'made_once', 'reads_only', 'stop_telemetry', 'all_reasons', 'mark_restricted', 'restricted', 'stated',
+           'inherit_mark', 'private_folder', 'assigned', 'check_parameters', 'as_dict', 'given', 'mixture_asked',
+           'recipe_from', 'check_processes', 'spelled', 'run_dir_for', 'version_of', 'environment', 'code_version']
 
 # %% ../nbs/01b_runs.ipynb #e3d39569
 import ast, contextlib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, sys, tempfile
@@ -229,11 +229,22 @@ def made_once(
 TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "GRADIO_ANALYTICS_ENABLED": "False",
              "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "disabled"}
 
+def reads_only(
+    request,  # of the hub's client
+) -> None:
+    "Raise `UserError` for a request that would write to the hub; asking about files is a POST that reads."
+    if request.method not in ("GET", "HEAD", "OPTIONS") and "/paths-info/" not in request.url.path:
+        raise UserError("this process has restricted text or a model of it at hand, and writes nothing to a hub; a folder on this machine is accepted")
+
 def stop_telemetry() -> None:
-    "From now on nothing is reported by this process, nor by those that it starts."
+    "From now on nothing is reported by this process, nor by those that it starts, and it writes nothing to a hub."
     os.environ.update(TELEMETRY)
-    hub = sys.modules.get("huggingface_hub.constants")     # it reads the variable once, when it is imported
-    if hub: hub.HF_HUB_DISABLE_TELEMETRY = True
+    import huggingface_hub.constants
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True     # it reads the variable once, when it is imported
+    client = huggingface_hub.get_session()
+    hooks = client.event_hooks["request"]
+    if reads_only in hooks: return
+    huggingface_hub.set_client_factory(lambda: type(client)(event_hooks={"request": [*hooks, reads_only]}, follow_redirects=True, timeout=None))
 
 # %% ../nbs/01b_runs.ipynb #3c1e04c1
 def all_reasons(

@@ -20,6 +20,7 @@ from .content import Tally, ratio_over_patients, tally
 from .generation import generate
 from .metrics import rouge_scores
 from .runs import UserError, fingerprint, progress, write_atomic
+from .sft import ids_of
 from .statistics import Interval
 
 # %% ../nbs/30d_scoring.ipynb #ed2263ee
@@ -40,8 +41,7 @@ def prompt_tokens(
 ) -> list[int]:  # begins with the end of text, as every document in training
     "The prompt of an item; its parts are tokenized apart, as in training."
     before, after = TEMPLATES[item.task]
-    parts = [tokenizer(part, add_special_tokens=False).input_ids for part in (before, item.context, after) if part]
-    return [tokenizer.eos_token_id, *(token for part in parts for token in part)]
+    return [tokenizer.eos_token_id, *(int(token) for part in (before, item.context, after) for token in ids_of(part, tokenizer))]
 
 # %% ../nbs/30d_scoring.ipynb #7224bfe0
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Answer:
     text: str
     tokens: int   # written
     reason: str   # why it ended: "eos", "length" or "stop"
+
+    def __repr__(self) -> str: return f"Answer({self.id!r}: {len(self.text):,} characters in {self.tokens} tokens, ended by {self.reason})"
 
 def items_name(
     items: Iterable[Item],

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 # %% ../nbs/30a_sections.ipynb #f7d64f3d
 _COURSE = r"(?:brief |short |interim |summary of (?:the )?)*(?:hospital|icu|micu|sicu|ccu|clinical|inpatient) course(?:(?: |/)(?:(?:by|in|of|and|with) )?(?:problems?|systems?|issues?|summary|detail|brief|plan|assessment|hospitali[sz]ation)(?: list)?(?:(?: and|/| &) plan)?)?"
 _TESTS = r"(?:(?:pertinent|relevant|diagnostic|laboratory|lab|radiologic(?:al)?|imaging|radiographic)(?:/| and )?)+ ?(?:data|stud(?:y|ies)|results?|findings|values|tests?|workup)(?: and (?:data|studies|results|imaging|diagnostics))?"
+
+# %% ../nbs/30a_sections.ipynb #c8b16cea
 PARTS = {  # name: (spellings in any note, spellings outside the template)
     "Service": ("service", ""),
     "Allergies": ("allerg(?:y|ies)", "(?:drug|medication|known) allergies|allergies and adverse (?:drug )?reactions|adverse (?:drug )?reactions"),

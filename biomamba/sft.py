@@ -283,7 +283,9 @@ def _run(
     reason: str | None,   # why it is restricted, if it is
 ) -> dict:
     "Train, mark what is restricted, and add the losses of all validations to the summary."
-    if reason: mark_restricted(run.folder, reason)
+    if reason:
+        mark_restricted(run.folder, reason)
+        examples.manifest["restricted"] = reason
     if processes > 1 and not (run / "training.json").exists(): write_examples(examples)
     summary = pretrain(run, folder, examples, processes, lambda *_: examples, "biomamba.sft")
     if reason: mark_restricted(run / "model", reason)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from .checkpoints import load_model, load_tokenizer
+from .guards import discreet, shown
 from .perplexity import piecewise_losses, scored_sequence
-from .runs import UserError
+from .runs import UserError, all_reasons
 
 # %% ../nbs/08c_surprisal.ipynb #6a92f8e2
 def cells_of(
@@ -56,6 +57,7 @@ class Surprisal:
     adapted: np.ndarray                    # (cells,) bits
     sections: tuple[tuple[str, int], ...]  # name, and the number of its first cell
     names: tuple[str, str] = ("base", "adapted")
+    hidden: str | None = None              # why the text is not shown
 
     @property
     def change(self) -> np.ndarray: return self.adapted - self.base   # (cells,) bits, negative: foreseen better
@@ -114,7 +116,7 @@ PAGE = "background:#fff;color:#111;padding:.8em;line-height:1.9;white-space:pre-
 
 def _page(s: Surprisal) -> str:
     "Legend, text and means as HTML."
-    text = "".join(map(_cell, s.cells, s.base, s.adapted))
+    text = html.escape(shown(s.text, s.hidden)) if s.hidden else "".join(map(_cell, s.cells, s.base, s.adapted))
     head, *rows = _lines(s)
     line = lambda cells, tag: "<tr>" + "".join(f'<{tag} style="text-align:{"right" if i else "left"};padding:0 .8em 0 0">{html.escape(c.strip())}</{tag}>' for i, c in enumerate(cells)) + "</tr>"
     table = f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
@@ -129,23 +131,29 @@ def surprisal(
     names: tuple[str, str] = ("base", "adapted"),    # what the two are called
     sections: list[tuple[str, int]] | None = None,   # name and first character of each; None: `sections_of` the text
     piece: int = 1024,                               # tokens of one forward pass; the state is carried on
+    restricted: str | None = None,                   # why the text may not be shown; a restricted model's reason counts too
+    show_text: bool = False,                         # show it all the same
 ) -> Surprisal:
     "A text, token by token, under two models."
     if not text.strip(): raise UserError("surprisal was given a text without a letter; a text is accepted")
     if tokenizer is None and isinstance(adapted, torch.nn.Module): raise UserError("surprisal needs the tokenizer beside a model; tokenizer=load_tokenizer(…), or the model's folder, is accepted")
-    ids, cells = cells_of(text, tokenizer or load_tokenizer(adapted))
-    owner = np.repeat(np.arange(len(cells)), [n for _, n in cells])
-    bits = [np.bincount(owner, _nats(model, ids, piece), len(cells)) / math.log(2) for model in (base, adapted)]
-    parts = tuple((name, _first_cell(cells, start)) for name, start in sections or sections_of(text))
-    return Surprisal(tuple(c for c, _ in cells), np.array([n for _, n in cells]), *bits, parts, tuple(names))
+    with discreet(restricted):
+        ids, cells = cells_of(text, tokenizer or load_tokenizer(adapted))
+        owner = np.repeat(np.arange(len(cells)), [n for _, n in cells])
+        nats, reasons = zip(*(_nats(model, ids, piece) for model in (base, adapted)))
+        hidden = None if show_text else all_reasons(restricted, *reasons)
+        bits = [np.bincount(owner, some, len(cells)) / math.log(2) for some in nats]
+        parts = [(name, _first_cell(cells, start)) for name, start in sections or sections_of(text)]
+    named = tuple((f"part {i}" if hidden else name, first) for i, (name, first) in enumerate(parts, 1))      # a heading is text
+    return Surprisal(tuple(c for c, _ in cells), np.array([n for _, n in cells]), *bits, named, tuple(names), hidden)
 
 # %% ../nbs/08c_surprisal.ipynb #4cd23203
-def _nats(model, ids: np.ndarray, piece: int) -> np.ndarray:  # (tokens,)
+def _nats(model, ids: np.ndarray, piece: int) -> tuple[np.ndarray, str | None]:  # (tokens,); why the model is restricted
     "The loss of each token under a model or the model of a folder."
     model = model if isinstance(model, torch.nn.Module) else load_model(model)
     rows = model.get_input_embeddings().num_embeddings
     if ids.max() >= rows: raise UserError(f"the tokenizer gives the id {ids.max():,} and the model has {rows:,} rows of vocabulary; a model and its own tokenizer are accepted")
-    return piecewise_losses(model.eval(), scored_sequence(ids), piece)
+    return piecewise_losses(model.eval(), scored_sequence(ids), piece), getattr(model.config, "restricted", None)
 
 def _first_cell(cells: list[tuple[str, int]], start: int) -> int:
     "The cell in which a character's word begins; a blank before it belongs to it."

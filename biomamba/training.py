@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GRACE', 'BASE_CARD', 'resume', 'evaluation_steps', 'track', 'evaluate_and_save', 'peak_flops', 'speed', 'postfix',
            'stop_if_asked', 'train', 'Trained', 'WholeDocuments', 'open_corpus', 'check_corpus', 'with_device_batch',
-           'prepare_state', 'work', 'identity_of', 'export_best', 'summary_of', 'pretrain', 'work_together', 'main',
-           'held', 'telling_the_others', 'make_base', 'evaluate', 'assemble']
+           'prepare_state', 'work', 'weights_of', 'identity_of', 'export_best', 'summary_of', 'pretrain',
+           'work_together', 'main', 'held', 'telling_the_others', 'make_base', 'evaluate', 'assemble']
 
 # %% ../nbs/09e_training.ipynb #ed7f683d
 import builtins, contextlib, dataclasses, gc, hashlib, json, math, os, shutil, signal, sys
@@ -249,6 +249,16 @@ def work(
         if accelerator.is_main_process: export_best(state, run, model_folder, corpus, recipe)
     accelerator.wait_for_everyone()
 
+# %% ../nbs/09e_training.ipynb #76146480
+def weights_of(
+    folder: Path,  # of a model
+) -> str:  # SHA-256 over the hashes of its files of weights
+    "What identifies a model: its weights, wherever they stand and whatever they are called."
+    weights = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin")):
+        with open(path, "rb") as file: weights.update(hashlib.file_digest(file, "sha256").digest())
+    return weights.hexdigest()
+
 # %% ../nbs/09e_training.ipynb #28138559
 def identity_of(
     recipe: Recipe,
@@ -261,10 +271,7 @@ def identity_of(
     check_processes(processes)
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UserError(f"processes={processes!r} and this machine has {torch.cuda.device_count()} GPUs; at most one process a GPU is accepted")
-    weights = hashlib.sha256()
-    for path in sorted(p for p in Path(model_folder).iterdir() if p.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as file: weights.update(hashlib.file_digest(file, "sha256").digest())
-    return {"recipe": deciding(recipe), "corpus": corpus.fingerprint, "model": model, "weights_sha256": weights.hexdigest(), "processes": processes}
+    return {"recipe": deciding(recipe), "corpus": corpus.fingerprint, "model": model, "weights_sha256": weights_of(model_folder), "processes": processes}
 
 # %% ../nbs/09e_training.ipynb #ec6e240b
 def export_best(

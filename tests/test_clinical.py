@@ -4,16 +4,20 @@ import json
 import os
 import random
 import re
+import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import papermill
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from biomamba.checkpoints import save_model
 from biomamba.clinical import LIMITS, SIDES, TARGETS, TASKS, Item, Limits, discharge_item, load_notes, make_items, select_notes, side_of, synthetic_notes, without_copies
+from biomamba.clinical_tuning import open_clinical_run
 from biomamba.documents import NOTE_COLUMNS, read_mimic
+from biomamba.guards import Hidden
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.records import Document, ReadReport
 from biomamba.runs import UserError, recipe, restricted
@@ -206,12 +210,48 @@ def test_an_error_while_writing_is_an_error(items, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_shows_a_text_by_itself(items):
+    from biomamba.note_tables import Case
+    shown = [items[0], replace(items[0], note=MARKER * 99, source=((0, 9),), target=((9, 18),)), Answer("1", MARKER, 1, "eos"), Case("1", "discharge", MARKER, {"base": (MARKER, {})})]
+    assert items[0].context[:30] not in repr(shown) and MARKER not in repr(shown) and "9 characters shown, 9 asked for" in repr(shown)
+
+
+def test_an_error_on_restricted_notes_loses_its_words(tmp_path, monkeypatch):
+    from biomamba import clinical
+    path = write_csv(tmp_path / "discharge.csv", [row(i, n.text, i) for i, n in enumerate(synthetic_notes(120))])
+    def fails(text):
+        raise KeyError(text)
+    monkeypatch.setattr(clinical, "unfit", fails)
+    with pytest.raises(Hidden, match="KeyError at test_clinical.py") as caught:
+        load_notes(path)
+    assert "Chief Complaint" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(KeyError, match="Chief Complaint"):
+        load_notes(None, 10)
+
+
+def test_a_folder_of_somebody_is_neither_marked_nor_closed(tmp_path):
+    (tmp_path / "home").mkdir(mode=0o755)
+    (tmp_path / "home" / "thesis.tex").touch()
+    chosen = replace(load_notes(None, 120), restricted="ward 7")
+    with pytest.raises(UserError, match="holds thesis.tex"):
+        open_clinical_run(tmp_path / "home", tmp_path, tmp_path, chosen, 3)
+    assert restricted(tmp_path / "home") is None and (tmp_path / "home").stat().st_mode & 0o077
+
+
 # ---------------------------------------------------------------- the run, on open notes
 
 def long_pieces(texts: list[str]) -> set[str]:
     "A piece of each text that no other has, in one line and long enough to be told from a template."
     pieces = Counter(p for t in texts for p in {p.strip() for p in re.split(r"[\n,]|(?<=\.)\s", t)} if len(p) > 40)
     return {p for p, n in pieces.items() if n == 1}
+
+
+def stranger(folder: Path, tokenizer) -> str:
+    "A public model of another kind, with its own tokenizer."
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.slow
@@ -222,10 +262,14 @@ def test_open_notes_run_through_and_no_text_gets_out(shaped, tmp_path, tokenizer
     given = {"scale": "tiny", "base": str(tmp_path / "base"), "adapted": str(tmp_path / "adapted"), "notes": str(shaped), "test_notes": 3}
     run = tmp_path / "run"
     papermill.execute_notebook(ROOT / "nbs/31_clinical_runs.ipynb", run.parent / "31.ipynb", cwd=ROOT, kernel_name="python3", progress_bar=False,
-        parameters=given | {"run_dir": str(run), "seeds": 1, "steps": 2, "answer": 200, "settings": 0, "overrides": {"max_tokens": 256, "sequences_per_step": 2, "evaluations": 1}})
+        parameters=given | {"run_dir": str(run), "seeds": 1, "steps": 2, "answer": 200, "settings": 6, "tried_notes": 2, "compare": stranger(tmp_path / "stranger", tokenizer),
+                            "overrides": {"max_tokens": 256, "sequences_per_step": 2, "evaluations": 1}})
     papermill.execute_notebook(ROOT / "nbs/32_case_studies.ipynb", run.parent / "32.ipynb", cwd=ROOT, kernel_name="python3", progress_bar=False, parameters=given | {"run_dir": str(run), "cases": 1})
     results = json.loads((run / "results.json").read_text())
-    assert results["stages"].keys() == {"base", "adapted", "base+SFT", "adapted+SFT"} and results["restricted"] == restricted(run)
+    assert results["stages"].keys() == {"base", "adapted", "base+SFT", "adapted+SFT", "stranger"} and results["restricted"] == restricted(run)
+    assert len(results["tried"]["settings"]) == 6 and set(results["tried"]["rank_correlation"]) == {"completion", "discharge"}
+    assert "Data Use Agreement" in json.loads((run / "manifest.json").read_text())["restricted"]
+    assert all("Data Use Agreement" in (run / "models" / f"{arm}-42" / "model" / "README.md").read_text() for arm in ("base", "adapted"))
     texts = [n.text for n in read_mimic(shaped)]
     answers = [json.loads(line)["text"] for path in (run / "private").glob("*.jsonl") for line in path.read_text().splitlines()[1:] if "text" in line]
     pieces = {p.encode() for p in long_pieces(texts) | long_pieces(answers)} | {json.dumps(p)[1:-1].encode() for p in long_pieces(texts)}

@@ -16,7 +16,7 @@ from biomamba.checkpoints import load_model, save_model
 from biomamba.mamba2 import EOS, mamba2_config, new_model
 from biomamba.metrics import ACCURACY, measure
 from biomamba.protocols import (answers_dir, base_of, models_of, paired_results, protocol_results, qa_recipe, run_arm, share_of,
-                                splits_of, weights_of)
+                                splits_of)
 from biomamba.qa import (Prediction, ask, candidates, generated_answers, prompt_text, prompts_of, qa_example, read_answer, read_predictions,
                          score_questions, write_settings)
 from biomamba.questions import (YES_NO, YES_NO_MAYBE, Question, QuestionSet, add_questions, apart, balanced, bioasq_files, bioasq_items,
@@ -26,6 +26,7 @@ from biomamba.recipe import recipe
 from biomamba.runs import UserError
 from biomamba.sample import sample_documents, sample_questions
 from biomamba.steps import train_tokenizer, wrap_tokenizer
+from biomamba.training import weights_of
 
 DATA = Path(os.environ.get("BIOMAMBA_DATA", "nowhere")) / "qa"
 real = pytest.mark.skipif(not DATA.exists(), reason="BIOMAMBA_DATA names no folder with qa/")

@@ -129,12 +129,14 @@ def test_a_model_is_not_pushed_and_keeps_its_mark(made, tmp_path):
     from biomamba.checkpoints import load_model, load_tokenizer, save_model
     from biomamba.conversion import convert
     folder = made[0] / "run" / "model"
-    model = load_model(folder)
+    model, stock = load_model(folder), Mamba2ForCausalLM.from_pretrained(folder)
     for push in (lambda: model.push_to_hub("me/notes"), lambda: model.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id="me/notes")):
         with pytest.raises(UserError, match="not pushed to a hub"):
             push()
     assert not (tmp_path / "pushed").exists()
-    Mamba2ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "stock")
+    with pytest.raises(UserError, match="writes nothing to a hub"):
+        stock.push_to_hub("me/notes")
+    stock.save_pretrained(tmp_path / "stock")
     model.save_pretrained(tmp_path / "plain")
     save_model(model, tmp_path / "saved", load_tokenizer(folder))
     convert(tmp_path / "saved", tmp_path / "ssm", to="state-spaces")
@@ -278,6 +280,35 @@ def test_a_document_shows_no_text():
     read = documents.note_document(dict.fromkeys(COLUMNS, "1") | {"text": MARKER})
     assert MARKER not in repr(read) and MARKER not in f"{[read]}" and read.text == MARKER
     assert MARKER in repr(documents.note_document(dict.fromkeys(COLUMNS, "1") | {"text": MARKER}, restricted=False))
+
+
+def test_a_search_finds_what_stands_anywhere(tmp_path, monkeypatch):
+    from biomamba import guards
+    monkeypatch.setattr(guards, "BLOCK", 64)
+    for at in range(200):
+        (tmp_path / "file").write_bytes(b"\0" * at + MARKER.encode() + b"\0" * (200 - at))
+        assert guards.files_with(tmp_path, [MARKER, "nowhere"]) == ["file"], at
+    (tmp_path / "file").write_text(MARKER[:-1])
+    assert guards.files_with(tmp_path, [MARKER, "nowhere"]) == []
+
+
+def test_surprisal_under_a_restricted_model_shows_means(made):
+    from biomamba.surprisal import surprisal
+    place = made[0]
+    seen = surprisal(f"Chief Complaint:\n{MARKER} was seen.\n", place / "run" / "model", place / "run" / "model")
+    assert MARKER not in repr(seen) + seen._repr_html_() and "Chief" not in repr(seen) and "characters left out: MIMIC-IV-Note" in seen._repr_html_()
+
+
+def test_the_hub_is_read_and_not_written():
+    import huggingface_hub
+
+    from biomamba.runs import reads_only
+    request = huggingface_hub.get_session().build_request
+    for method, url in (("GET", "api/models/a/b/tree/main"), ("HEAD", "a/b/resolve/main/config.json"), ("POST", "api/models/a/b/paths-info/main")):
+        reads_only(request(method, f"https://hub.example/{url}"))
+    for method, url in (("POST", "api/repos/create"), ("POST", "api/models/a/b/preupload/main"), ("POST", "api/models/a/b/commit/main"), ("PUT", "upload"), ("DELETE", "api/repos/delete")):
+        with pytest.raises(UserError, match="writes nothing to a hub"):
+            reads_only(request(method, f"https://hub.example/{url}"))
 
 
 def test_a_restricted_process_reports_nothing(made):
