@@ -150,7 +150,7 @@ def pages(symbols: dict[str, str]) -> None:
     lookup = NbdevLookup()
     for path in [ROOT / name for name in PAGES] + sorted((ROOT / "nbs" / "guides").glob("*.md")):
         text, source = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
-        text = TITLE.sub("---\ntitle: '\\1'\ndescription: '\\2'\ncode-overflow: wrap\n---\n", text)
+        text = TITLE.sub(lambda m: f"---\ntitle: {json.dumps(m[1])}\ndescription: {json.dumps(m[2])}\ncode-overflow: wrap\n---\n", text)
         for mark, make in COMPUTED.items():
             if mark in text: text = text.replace(mark, make())
         target = STAGE / on_site(source)

@@ -289,9 +289,9 @@ def published_files() -> list[Path]:
 
 
 def text_of(path: Path) -> str:
-    "The text of a file; of a picture or another binary file nothing."
+    "The text of a file; of a picture, in a notebook too, or another binary file nothing."
     try:
-        return path.read_text(encoding="utf-8")
+        return re.sub(r'"image/(?:png|jpeg)": (?:"[^"]*"|\[[^\]]*\])', "", path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         return ""
 
