@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'MARKS', 'held', 'answers_table', 'gains_table', 'batches_table', 'our_rows', 'paper_beside',
-           'calibration_figure']
+           'sure_and_right', 'calibration_titles', 'calibration_figure']
 
 # %% ../nbs/40f_qa_report.ipynb #70336abf
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .metrics import confidences, reliability, risk_coverage
+from .metrics import calibration_error, confidences, reliability, risk_coverage
 from .paper_results import published_table
 from .qa import Prediction
 from .report import Grid, style
@@ -114,21 +114,36 @@ def paper_beside(
 # %% ../nbs/40f_qa_report.ipynb #6b1aac44
 MARKS = {"base": dict(color="#D55E00", marker="s", linestyle="--"), "adapted": dict(color="#0072B2", marker="o", linestyle="-")}
 
+def sure_and_right(
+    seeds: list[list[Prediction]],   # predictions of each seed
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) confidence, (n,) whether right; all seeds together
+    "How sure each answer was, and whether it was right."
+    every = [p for some in seeds for p in some]
+    return confidences([p.gold for p in every], np.stack([p.probabilities for p in every]), tuple(every[0].scores))
+
+def calibration_titles(
+    answers: dict[str, tuple[np.ndarray, np.ndarray]],   # arm → of `sure_and_right`
+) -> tuple[str, str]:   # of the two panels
+    "What the two panels show, in numbers."
+    off = ", ".join(f"{100 * calibration_error(sure, right):.0f} ({arm})" for arm, (sure, right) in answers.items())
+    half = ", ".join(f"{100 * risk_coverage(sure, right)[1][(len(sure) - 1) // 2]:.1f} % ({arm})" for arm, (sure, right) in answers.items())
+    return f"confidence is off by {off} points", f"wrong in the surer half: {half}"
+
 def calibration_figure(
     runs: dict[str, list[list[Prediction]]],   # arm → predictions of each seed
-    title: str = "",
+    what: str = "",                            # whose answers these are
 ) -> plt.Figure:
     "Reliability diagram and risk-coverage curve."
+    answers = {arm: sure_and_right(seeds) for arm, seeds in runs.items()}
     with style():
-        figure, (left, curve) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        figure, (left, curve) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
         left.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-        for arm, seeds in runs.items():
-            every, classes = [p for some in seeds for p in some], tuple(seeds[0][0].scores)
-            sure, right = confidences([p.gold for p in every], np.stack([p.probabilities for p in every]), classes)
+        for arm, (sure, right) in answers.items():
             bins, look = reliability(sure, right), MARKS[arm]
             left.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=look["color"], linestyle=look["linestyle"])
-            left.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=[10 + 200 * b.n / len(every) for b in bins], color=look["color"], marker=look["marker"])
+            left.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=[10 + 200 * b.n / len(sure) for b in bins], color=look["color"], marker=look["marker"])
             curve.plot(*risk_coverage(sure, right), color=look["color"], linestyle=look["linestyle"], label=f"{arm} (overall {100 * (1 - right.mean()):.1f} % wrong)")
-        left.set(xlabel="confidence", ylabel="accuracy", title=title, xlim=(1 / len(classes) - 0.03, 1.03), ylim=(-0.03, 1.03))
-        curve.set(xlabel="coverage: share of the questions answered", ylabel="risk: share of errors", ylim=(0, None)); curve.legend()
+        titles = calibration_titles(answers)
+        left.set(xlabel=f"confidence{f', {what}' if what else ''}", ylabel="accuracy", title=titles[0], xlim=(min(sure.min() for sure, _ in answers.values()) - 0.03, 1.03), ylim=(-0.03, 1.03))
+        curve.set(xlabel="coverage: share of the questions answered", ylabel="risk: share of errors", title=titles[1], ylim=(0, None)); curve.legend()
     return figure
