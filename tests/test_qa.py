@@ -261,7 +261,13 @@ def test_one_prompt_for_training_and_scoring(tokenizer, texts):
         assert text.startswith("Context:") and text.endswith(f"\nQuestion: {q.question}\nAnswer:")
         whole = qa_example(q, YES_NO_MAYBE, tokenizer, 4000)
         assert whole.cut == 0 and made.cut == len(whole.prompt) - len(made.prompt)
-        assert whole.prompt[1:].tolist() == tokenizer(prompt_text(q)).input_ids, "the parts must make the ids of the whole text"
+
+
+def test_the_parts_of_a_prompt_make_the_ids_of_the_whole_text(tokenizer):
+    assert len(tokenizer(" the").input_ids) < len(tokenizer(" ").input_ids) + len(tokenizer("the").input_ids), "else nothing could differ"
+    for context in ("the patients of the trial were well.", " the patients of the trial were well. \n"):
+        asked = question(1, context=context)
+        assert qa_example(asked, YES_NO, tokenizer, 4000).prompt[1:].tolist() == tokenizer(prompt_text(asked)).input_ids
 
 
 def test_a_question_that_fills_the_window_is_named(tokenizer):
