@@ -2,7 +2,8 @@
 #   PYTHON=python3.12   the interpreter that creates the environment
 #   VENV=path           the environment to create or use
 #   FRESH=1             make cpt: forget the finished run and runs/cache (corpora, base models), start over
-#   RUNS=patterns       make results: the finished runs that are drawn
+#   RUNS=patterns       make results: the runs of continued pretraining that are drawn and tabulated
+#   OTHERS=patterns     make results: other finished runs that are tabulated with them, where they are there
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FRESH ?=
 RUNS ?= runs/tiny runs/sample-[123] runs/real-[123]
+OTHERS ?= runs/qa-tiny runs/clinical-tiny runs/mixture-tiny runs/compare
 NB ?=
 ROW ?=
 BIN := $(abspath $(VENV))/bin
@@ -67,9 +69,11 @@ export: setup ## write the library's modules from the notebooks
 readme: setup ## write README.md from nbs/index.ipynb
 	$(NOTEBOOKS) readme
 
-results: cpt ## draw the finished runs into figures/; the same results give the same bytes
-	mkdir -p runs/learning_curves
+results: cpt ## rebuild every table and figure that the finished runs can fill, into figures/; the same results give the same bytes
+	mkdir -p runs/learning_curves runs/results
 	$(BIN)/papermill nbs/13_learning_curves.ipynb runs/learning_curves/13_learning_curves.ipynb -k python3 -p run_dir figures -p runs "$(RUNS)"
+	others=$$(for run in $(OTHERS); do if [[ -f $$run/results.json ]]; then printf ' %s' "$$run"; fi; done); \
+	$(BIN)/papermill nbs/41_results.ipynb runs/results/41_results.ipynb -k python3 -p run_dir figures -p runs "$(RUNS)$$others"
 
 docs: ## build the documentation site in _docs/, two minutes; Quarto renders it where it is installed, smalldocs elsewhere
 	@.ci/setup "$(PYTHON)" "$(abspath $(VENV))" dev,docs

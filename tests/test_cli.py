@@ -208,3 +208,62 @@ def test_what_a_function_returns_is_printed(capsys, monkeypatch):
         run_function(f"biomamba.room.{name}", {})
         assert capsys.readouterr().out == printed
     with pytest.raises(ZeroDivisionError): run_function("biomamba.room.bad", {})
+
+
+# ---------------------------------------------------------------- every verb
+
+ALL = ["cpt", "plan", "convert", "corpus", "eval", "ask", "sft", "results", "lm-eval-tasks"]
+HELP = {"cpt": ["--scale", "--corpus", "--plan-only"], "plan": ["--scale", "--steps"], "convert": ["SOURCE DESTINATION", "--to"], "corpus": ["--mixture", "--options", "--restricted", "--against"],
+        "eval": ["MODEL", "--adapted", "--window", "--out"], "ask": ["--question", "--context", "--maybe"], "sft": ["MODEL DATA", "--task", "--overrides", "--restriction"],
+        "results": ["--table", "--format", "--out"], "lm-eval-tasks": ["FOLDER", "--characters"]}
+MISTAKES = {  # verb → words, and what the one sentence says
+    "cpt": (["--scale", "8b"], "scale '8b' is unknown"), "plan": (["--mixture", "half"], "half"), "convert": (["./none", "new"], "there is no folder ./none"),
+    "corpus": (["./none", "new"], "none"), "eval": (["./none"], "there is no folder ./none"), "ask": (["./none", "--question", "Why?", "--context", "none.txt"], "none.txt does not exist"),
+    "sft": (["./none", "none.jsonl"], "none.jsonl does not exist"), "results": (["--runs", "no/runs/*"], "no finished run matches 'no/runs/*'"), "lm-eval-tasks": (["new", "--characters", "0"], "characters=0")}
+
+
+def test_help_names_every_verb(capsys):
+    from biomamba.cli import FUNCTIONS, VERBS, main
+    assert set(ALL) <= {*VERBS, *FUNCTIONS}
+    with pytest.raises(SystemExit) as ended: main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"    {verb} " in shown or f"    {verb}\n" in shown for verb in (*VERBS, *FUNCTIONS))
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_help_of_a_verb_has_its_options_and_a_word_on_each(verb, capsys):
+    from biomamba.cli import main
+    with pytest.raises(SystemExit) as ended: main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and all(word in shown for word in HELP[verb])
+    options = [line for line in shown.splitlines() if line.startswith("  --")]
+    assert len(options) >= 3 and not shown.rstrip().endswith("--")
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_a_mistake_in_any_verb_is_one_sentence_and_leaves_nothing(verb, capsys, monkeypatch, tmp_path):
+    from biomamba.cli import main
+    monkeypatch.chdir(tmp_path)
+    words, says = MISTAKES[verb]
+    assert main([verb, *words]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines()[-1].startswith("biomamba: ") and says in shown.err and "Traceback" not in shown.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+def test_pairs_are_learned_and_results_are_printed(tmp_path):
+    from biomamba.checkpoints import save_model
+    from biomamba.mamba2 import mamba2_config, new_model
+    from biomamba.runs import recipe
+    from biomamba.steps import train_tokenizer, wrap_tokenizer
+    tokenizer = wrap_tokenizer(train_tokenizer((d.text for d in sample_documents("pubmed", 40)), 400))
+    save_model(new_model(mamba2_config(recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=400)), 0), tmp_path / "base", tokenizer)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"Dose {i}:", "answer": "high"}) + "\n" for i in range(20)))
+    done = biomamba("sft", tmp_path / "base", tmp_path / "pairs.jsonl", "--run-dir", tmp_path / "run", "--steps", 2, "--overrides", json.dumps({"max_tokens": 48, "evaluations": 1}))
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "Validation loss" in done.stdout and (tmp_path / "run" / "model" / "README.md").is_file()
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "results.json").write_text(json.dumps({"loss": 1}))
+    shown = biomamba("results", "--runs", tmp_path / "found", "--table", "12", "--format", "markdown", "--out", tmp_path / "out")
+    assert shown.returncode == 0 and "| 780M | best validation loss | 1.7991 |" in shown.stdout, shown.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tables.md", "tables.html", "tables.tex"}

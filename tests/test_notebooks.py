@@ -25,6 +25,7 @@ SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
     "12_compare": {"corpus": "TEXTS", "documents": 3, "run_dir": "RUN"},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
+    "41_results": {"runs": "FINISHED", "run_dir": "RUN"},
     "33b_memorization": {"run_dir": "RUN", "most_notes": 60, "repetitions": "0 4", "each": 2, "references": 31, "steps": 4, "overrides": SMALL_MODEL},
     "22_qa_runs": {"adapted": "FINISHED", "pubmedqa": "ASKED", "bioasq": "ASKED", "run_dir": "RUN", "seeds": 2, "steps": 2, "overrides": {"max_tokens": 96, "evaluations": 1}},
     "31_clinical_runs": {"adapted": "FINISHED", "run_dir": "RUN", "sample": 120, "seeds": 1, "steps": 1, "answer": 60, "test_notes": 3, "settings": 0,
@@ -113,6 +114,20 @@ def test_learning_curves_runs_once_with_its_smallest_parameters(finished, tmp_pa
     assert made[0] == made[1], "the same results must give the same bytes"
 
 
+def test_results_run_twice_with_their_smallest_parameters(finished, tmp_path):
+    path = ROOT / "nbs" / "41_results.ipynb"
+    made = []
+    for name in ("one", "two"):
+        nb = run(path, tmp_path / "out.ipynb", runs=finished, run_dir=str(tmp_path / name))
+        made.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
+    assert set(made[0]) == {"tables.md", "tables.html", "tables.tex", "workflow.svg", "workflow.png", "memory.svg", "memory.png", "language.svg", "language.png"}
+    assert made[0] == made[1], "the same results must give the same bytes"
+    tables = made[0]["tables.md"].decode()
+    assert "## Table A15." in tables and "BioMamba-tiny" in tables and "papermill nbs/10_cpt.ipynb 780m.ipynb -p scale 780m" in tables
+    shown = "".join(output.data.get("text/markdown", "") for cell in nb.cells for output in cell.get("outputs", []) if "data" in output)
+    assert "| Table 2 |" in shown and "0 of 30" in shown and "8.42" in shown
+
+
 def test_compare_runs_once_with_its_smallest_parameters(texts, tmp_path):
     given = SMALLEST["12_compare"] | {"run_dir": str(tmp_path / "compare"), "corpus": texts}
     nb = run(ROOT / "nbs" / "12_compare.ipynb", tmp_path / "out.ipynb", **given)
@@ -156,6 +171,8 @@ def test_question_answering_runs_twice_with_its_smallest_parameters(finished, as
     trained = results["data"]["splits"]["three"]["training_answers"]
     assert len(lines) == 2 * 2 * (12 + results["binary"]["n"] + 20 + 30) and sum(trained.values()) < 30
     assert (tmp_path / "run" / "figures" / "calibration.png").stat().st_size > 5_000
+    cards = sorted((tmp_path / "run").glob("*/model/README.md"))
+    assert len(cards) == 8 and all("| PubMedQA, official, adapted |" in path.read_text() or "PubMedQA, official, adapted" in path.read_text() for path in cards)
     written = (tmp_path / "run" / "results.json").read_bytes()
     run(ROOT / "nbs" / "22_qa_runs.ipynb", tmp_path / "again.ipynb", **given)
     assert (tmp_path / "run" / "results.json").read_bytes() == written
