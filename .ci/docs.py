@@ -23,6 +23,7 @@ SYMBOL = re.compile(r"\[(`[^`]+`)\]\((https?://[^)\s]+)\)")  # a name that nbdev
 FENCED = re.compile(r"(^ {0,3}(```+|~~~+).*?^ {0,3}\2[ \t]*$)", re.M | re.S)
 TEX = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 KATEX = re.compile(r"<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?")
+CELL, INSEPARABLE = re.compile(r"<td[^>]*>[^<]*</td>"), re.compile(r"\[[^\[\]]{3,24}\]|[−+\d.]+ %|[\d.]+ → [\d.]+")
 # smalldocs writes MathML below; Quarto does so itself, by a key that smalldocs does not read.
 KNOWN_WARNINGS = {"format.html.html-math-method is ignored"}
 
@@ -172,10 +173,11 @@ def gather() -> None:
 
 # ---------------------------------------------------------------- rendering
 
-def with_mathml(page: str) -> str:
-    "A page with its formulas as MathML, which browsers show without a script from elsewhere."
+def finished(page: str) -> str:
+    "A page with its formulas as MathML, which browsers show without a script from elsewhere, and with intervals in one piece."
     from latex2mathml.converter import convert
-    return TEX.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "display" else "inline"), KATEX.sub("", page))
+    page = TEX.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "display" else "inline"), KATEX.sub("", page))
+    return CELL.sub(lambda m: INSEPARABLE.sub(lambda part: part[0].replace(" ", "\u00a0"), m[0]), page)
 
 
 def render_smalldocs() -> list[str]:
@@ -183,7 +185,7 @@ def render_smalldocs() -> list[str]:
     from smalldocs.site import build
     site = build(STAGE)
     for path in SITE.rglob("*.html"):
-        path.write_text(with_mathml(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(finished(path.read_text(encoding="utf-8")), encoding="utf-8")
     return [warning for warning in site.warnings if warning not in KNOWN_WARNINGS]
 
 

@@ -19,7 +19,7 @@ from biomamba.clinical_tuning import open_clinical_run
 from biomamba.documents import NOTE_COLUMNS, read_mimic
 from biomamba.guards import Hidden
 from biomamba.mamba2 import mamba2_config, new_model
-from biomamba.records import Document, ReadReport
+from biomamba.records import Document
 from biomamba.runs import UserError, recipe, restricted
 from biomamba.scoring import Answer, kept_answers, score_answers
 from biomamba.sections import parse_sections

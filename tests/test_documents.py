@@ -13,7 +13,7 @@ from lxml import etree
 
 from biomamba import documents, medline, records
 from biomamba.documents import Document, file_hashes, read_bioasq, read_documents, read_hub, read_mimic, read_pubmedqa
-from biomamba.records import ReadReport, Skip
+from biomamba.records import ReadReport
 from biomamba.runs import UserError
 
 # BIOMAMBA_FUZZ=5000 makes every fuzz test that long; the examples below are what long runs found

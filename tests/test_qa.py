@@ -19,8 +19,8 @@ from biomamba.protocols import (answers_dir, base_of, models_of, paired_results,
                                 splits_of)
 from biomamba.qa import (Prediction, ask, candidates, generated_answers, prompt_text, prompts_of, qa_example, read_answer, read_predictions,
                          score_questions, write_settings)
-from biomamba.questions import (YES_NO, YES_NO_MAYBE, Question, QuestionSet, add_questions, apart, balanced, bioasq_files, bioasq_items,
-                                bioasq_parts, check_apart, find_pubmedqa, hold_out, official_split, published_split, read_bioasq_set,
+from biomamba.questions import (YES_NO, YES_NO_MAYBE, Question, apart, balanced, bioasq_files, bioasq_items,
+                                bioasq_parts, check_apart, hold_out, published_split, read_bioasq_set,
                                 read_pubmedqa_set, repeated, yes_no_split)
 from biomamba.recipe import recipe
 from biomamba.runs import UserError

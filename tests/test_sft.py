@@ -21,9 +21,8 @@ from biomamba.paper_results import CLINICAL_SCALES, published_table
 from biomamba.recipe import recipe
 from biomamba.runs import Run, UserError, mark_restricted, read_metrics, restricted
 from biomamba.sample import sample_documents
-from biomamba.sft import Example, Examples, candidate_scores, check_examples, counts_of, digest, fine_tune, ids_of, loop_recipe, make_example, make_prompt, sft_recipe
+from biomamba.sft import Example, Examples, candidate_scores, counts_of, digest, fine_tune, ids_of, loop_recipe, make_example, make_prompt, sft_recipe
 from biomamba.steps import train_tokenizer, wrap_tokenizer
-from biomamba.training import checkpoint_steps
 
 SHAPE = dict(d_model=32, layers=2, state=8, head_dim=16, vocabulary=400)
 SMALL = sft_recipe("tiny", "qa", max_tokens=64, steps=8, sequences_per_step=5, learning_rate=1e-2, evaluations=4, micro_batch_tokens=128, seed=1)

@@ -54,7 +54,7 @@ def watched(browser, size: dict, address: str) -> tuple:
     tab, wrong = browser.new_page(viewport=size), []
     tab.on("console", lambda message: wrong.append(f"{message.type}: {message.text}") if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: wrong.append(f"exception: {error}"))
-    tab.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+    tab.on("requestfailed", lambda request: None if request.failure == "net::ERR_ABORTED" else wrong.append(f"failed: {request.url}"))  # aborted: the tab has moved on
     tab.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else wrong.append(f"elsewhere: {request.url}"))
     return tab, wrong
 
