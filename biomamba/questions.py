@@ -57,7 +57,7 @@ class QuestionSet:
     questions: list[Question] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)  # what became of the records
     named: list[str] = field(default_factory=list)    # the first hundred that were left out, and why
-    files: list[Path] = field(default_factory=list)   # where they stand
+    files: list[Path] = field(default_factory=list, repr=False)   # where they stand
 
     def drop(self, what: str, why: str) -> None:
         self.counts[why] += 1
