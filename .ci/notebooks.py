@@ -172,6 +172,8 @@ def check_problems(folder: Path) -> list[str]:
         nb = nbformat.read(path, as_version=4)
         if nb.metadata.get(HASH_KEY) != code_hash(nb):
             found.append(f"{relative(path)} stores outputs of other code cells than it has: run `make outputs NB={path.stem}`")
+        if not is_library(nb) and not any(cell.get("outputs") for cell in nb.cells):
+            found.append(f"{relative(path)} is a run and stores no outputs: run `make outputs NB={path.stem}`")
         found += [f"{relative(path)}: {problem}" for problem in output_problems(nb)]
     return found
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from .clinical import Item, share_of_hash
 from .content import WORD
+from .metrics import seed_interval
 from .paper_results import ARMS, CLINICAL_SCALES, clinical_score, published_table
 from .report import Grid, style
 from .runs import UserError
@@ -70,9 +71,14 @@ def difference_table(
     reference: str = "whole reference",
 ) -> Grid:
     "Paired differences in percentage points."
-    rows = [(f"{d['second']} − {d['first']}", d["task"], d["measure"], in_percent(d["difference"], True), ", ".join(f"{100 * s:+.2f}".replace("-", "−") for s in d["by_seed"]) or "–")
-            for d in differences if d["measure"] in measures and d["reference"] == reference]
-    return Grid(("stages", "task", "measure", "difference, points", "seed by seed"), tuple(rows), f"Against the {reference}; paired by note, 95 % intervals by bootstrap over patients.")
+    signed = lambda value: f"{100 * value:+.2f}".replace("-", "−")
+    def row(d):
+        seeds = seed_interval(d["by_seed"]) if len(d["by_seed"]) > 1 else None
+        over = f"[{signed(seeds.low)}, {signed(seeds.high)}]" if seeds else "–"
+        return f"{d['second']} − {d['first']}", d["task"], d["measure"], in_percent(d["difference"], True), over, ", ".join(map(signed, d["by_seed"])) or "–"
+    rows = [row(d) for d in differences if d["measure"] in measures and d["reference"] == reference]
+    caption = f"Against the {reference}; paired by note. 95 % intervals: of the difference by bootstrap over patients, the seeds as they are; over seeds by Student's t."
+    return Grid(("stages", "task", "measure", "difference, points", "over seeds", "seed by seed"), tuple(rows), caption)
 
 # %% ../nbs/40g_note_tables.ipynb #c0a3368a
 _COUNTS = ("words", "longest loop, words", "panels found", "lab values found", "medicines found", "numbers")  # per note; all others are shares

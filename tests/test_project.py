@@ -169,6 +169,18 @@ def test_a_run_notebook_defines_nothing(path):
     assert not defined, f"{path.name} defines functions; they belong in a room"
 
 
+def test_a_run_without_outputs_is_refused(notebooks, tmp_path):
+    run, library = (nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]) for source in ("1 + 1", "#| default_exp copy"))
+    for name, nb in (("10_run", run), ("11_copy", library)):
+        nb.metadata[notebooks.HASH_KEY] = notebooks.code_hash(nb)
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    [problem] = notebooks.check_problems(tmp_path)
+    assert problem.startswith("10_run.ipynb is a run and stores no outputs")
+    run.cells[0].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"})]
+    nbformat.write(run, tmp_path / "10_run.ipynb")
+    assert notebooks.check_problems(tmp_path) == []
+
+
 # ---------------------------------------------------------------- what is installed
 
 def requirements(key: str = "requirements") -> set[str]:
