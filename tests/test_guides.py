@@ -33,7 +33,7 @@ def small(command: str) -> str:
     for full, less in SIZES.items(): command = command.replace(full, less)
     if command.startswith("HF_HUB_OFFLINE=1 "): return "HF_HUB_OFFLINE=1 " + small(command.removeprefix("HF_HUB_OFFLINE=1 "))
     if command.startswith("biomamba cpt") and "--scale" not in command:
-        own = SMALL | ({} if "corpus my/corpus" in command or "my/law-corpus" in command else {"vocabulary": 512})
+        own = SMALL | ({} if "--corpus my/corpus" in command else {"vocabulary": 512})
         return f"{command} --steps 2 --overrides '{json.dumps(own)}'"
     if command.startswith("papermill nbs/"):
         name = Path(command.split()[1]).stem

@@ -43,7 +43,7 @@ def installed(built, tmp_path_factory) -> Path:
     "The folder of the programs of an environment that has the wheel and what it asks for."
     folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "download", "--quiet", "-d", folder / "wheels", "-c", ROOT / ".ci" / "constraints.txt", built[1], cwd=folder)
+    run(*pip, "wheel", "--quiet", "-w", folder / "wheels", "-c", ROOT / ".ci" / "constraints.txt", built[1], cwd=folder)
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     programs = folder / "venv" / "bin"
     run(programs / "pip", "install", "--quiet", "--no-compile", "--no-index", "-f", folder / "wheels", "biomamba", cwd=folder)
