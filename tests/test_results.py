@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from biomamba.beside import Line, difference, lines_for, shown
-from biomamba.found import KINDS, Found, find, kind_of, runs_table, variant_of
+from biomamba.found import KINDS, find, runs_table
 from biomamba.paper_results import published_table
 from biomamba.pictures import language_figure, said, workflow_figure
 from biomamba.recipe import deciding, recipe
@@ -17,7 +17,7 @@ from biomamba.report import save_figure
 from biomamba.runs import UserError, mark_restricted
 from biomamba.sheets import all_sheets, latex_text, results, sheet, write_sheets
 from biomamba.statistics import Interval
-from biomamba.task_tables import EVERY, beside, coverage, named, table_lines
+from biomamba.task_tables import EVERY, beside, coverage, table_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
