@@ -23,6 +23,8 @@ SMALL_MODEL = {
 # The smallest parameters of each run notebook; RUN is a temporary run folder, TEXTS a small corpus, FINISHED a finished run, ASKED small question sets.
 SMALLEST = {
     "10_cpt": {"scale": "tiny", "steps": 4, "run_dir": "RUN", "corpus": "TEXTS", "overrides": SMALL_MODEL},
+    "11b_mixture": {"corpus": "TEXTS", "run_dir": "RUN", "seeds": 1, "steps": 2, "documents": 3, "dial": "0.5", "dials": "PubMed only", "processes": 1, "overrides": SMALL_MODEL | {"sequences_per_step": 10},
+                    "configurations": "PubMed only; C4 only, 10%; C4 only, 30%; Wikipedia only, 10%; Wikipedia only, 30%; 20% C4 + 20% Wikipedia"},
     "12_compare": {"corpus": "TEXTS", "documents": 3, "run_dir": "RUN"},
     "13_learning_curves": {"runs": "FINISHED", "run_dir": "RUN"},
     "41_results": {"runs": "FINISHED", "run_dir": "RUN"},
@@ -126,6 +128,22 @@ def test_results_run_twice_with_their_smallest_parameters(finished, tmp_path):
     assert "## Table A15." in tables and "BioMamba-tiny" in tables and "papermill nbs/10_cpt.ipynb 780m.ipynb -p scale 780m" in tables
     shown = "".join(output.data.get("text/markdown", "") for cell in nb.cells for output in cell.get("outputs", []) if "data" in output)
     assert "| Table 2 |" in shown and "0 of 30" in shown and "8.42" in shown
+
+
+def test_mixture_ablation_runs_twice_with_its_smallest_parameters(texts, tmp_path):
+    given = SMALLEST["11b_mixture"] | {"run_dir": str(tmp_path / "run"), "corpus": texts}
+    nb = run(ROOT / "nbs" / "11b_mixture.ipynb", tmp_path / "out.ipynb", **given)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["mixtures"]) == 6 and results["seeds"] == [42] and results["base"]["test"]["documents"] == {"pubmed": 3, "c4": 3, "wikipedia": 3}
+    assert results["proposal"]["shares"] not in [about["shares"] for about in results["mixtures"].values()]
+    assert len(list((tmp_path / "run").glob("*/training.json"))) == 7 and len(list((tmp_path / "run").glob("*/test.json"))) == 8
+    assert (tmp_path / "run" / "figures" / "frontier.png").stat().st_size > 5_000
+    shown = "".join(output.data.get("text/markdown", "") for cell in nb.cells for output in cell.get("outputs", []) if "data" in output)
+    assert "−9.8 %" in shown and "| Wikipedia only, 30% |" in shown
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*.json")}
+    written = (tmp_path / "run" / "results.json").read_bytes()
+    run(ROOT / "nbs" / "11b_mixture.ipynb", tmp_path / "again.ipynb", **given)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*.json")} == stamps and (tmp_path / "run" / "results.json").read_bytes() == written
 
 
 def test_compare_runs_once_with_its_smallest_parameters(texts, tmp_path):
