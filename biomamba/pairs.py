@@ -16,7 +16,7 @@ from .checkpoints import find_checkpoint, load_tokenizer
 from .contamination import kind_of
 from .documents import existing
 from .guards import discreet
-from .qa import AFTER, BEFORE, qa_example, write_settings
+from .qa import BEFORE, parts_of, qa_example, write_settings
 from .questions import YES_NO, YES_NO_MAYBE, Question, hold_out, read_bioasq_set, read_pubmedqa_set
 from .report import Grid
 from .runs import UserError, all_reasons, as_dict, fingerprint, given, resolve, restricted, spelled
@@ -43,7 +43,8 @@ def pair_of(
     wanted = ("prompt", "answer") if "prompt" in line else ("question", "context", "answer")
     bad = next((key for key in wanted if not isinstance(line.get(key), str) or not line[key].strip()), None)
     if bad: raise UserError(f"{where} has no {bad}; an object with prompt and answer, or with question, context and answer, each a text, is accepted")
-    parts = ("", line["prompt"], "") if "prompt" in line else (BEFORE, line["context"], AFTER.format(question=line["question"]))
+    asked = "prompt" not in line
+    parts = (BEFORE, *parts_of(Question("", line["question"], line["context"], "", ""))) if asked else ("", line["prompt"], "")
     answer = line["answer"] if line["answer"][0].isspace() else " " + line["answer"]
     return Pair(str(line.get("id", where)), *parts, answer)
 
