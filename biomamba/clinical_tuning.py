@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'Stages', 'example_of', 'TuningData', 'tuning_data', 'seeds_from', 'ClinicalRun', 'about',
-           'open_clinical_run', 'tune', 'score_stage', 'stored_stage', 'models_beside', 'plain', 'averaged',
-           'stage_results', 'differences', 'try_settings']
+           'open_clinical_run', 'tune', 'score_stage', 'stored_stage', 'models_beside', 'beside_notes', 'plain',
+           'averaged', 'stage_results', 'differences', 'try_settings']
 
 # %% ../nbs/30e_clinical_tuning.ipynb #d7f1ac84
 import json, shutil
@@ -16,10 +16,13 @@ import torch
 
 from .checkpoints import load_model, load_tokenizer
 from .clinical import LIMITS, TASKS, Item, Limits, NoteSet, make_items
+from .contamination import EvaluationSet
 from .content import stage_content
+from .corpus import note_beside
 from .decoding import Decoder
 from .guards import discreet
 from .paper_results import published_table
+from .records import Document
 from .runs import Run, UserError, check_run_dir, fingerprint, mark_restricted, resolve, write_atomic
 from .scoring import (ROUGES, TEMPLATES, Answer, NoteScore, exact_rank_p, items_name, kept_answers, loss_against_rouge, mean_rouge, open_public, rouge_difference,
                               score_answers, write_answers, write_public)
@@ -172,6 +175,13 @@ def models_beside(
 
 # %% ../nbs/30e_clinical_tuning.ipynb #22e2f5ae
 Stages = dict[str, list[dict[str, list[NoteScore]]]]  # stage → for each seed: task → scores
+
+def beside_notes(
+    models: dict[str, Path],   # arm → folder of the model
+    notes: list[Document],     # of the test
+) -> dict[str, str]:           # arm → "" or "not decontaminated"
+    "Whether the texts of pretraining were kept apart from the notes."
+    return {arm: note_beside(folder, EvaluationSet("notes", notes)) for arm, folder in models.items()}
 
 def plain(
     interval: Interval | None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEQUENCE', 'UNITS', 'MIXTURES', 'slice_starts', 'with_ends', 'sequences_of', 'Mixture', 'mixture_of',
            'mixture_counts', 'sizes_of', 'fitting', 'choose', 'Corpus', 'write_index', 'decontamination_note',
-           'note_beside', 'markdown_table']
+           'note_beside', 'said_beside', 'markdown_table']
 
 # %% ../nbs/04j_corpus.ipynb #bdfd96d3
 import dataclasses, hashlib, io, json, re
@@ -252,6 +252,13 @@ def note_beside(
     "The same of a model on the disk, whose run folder holds the manifest of its corpus."
     manifest = resolve(model).parent / "manifest.json"
     return decontamination_note(json.loads(manifest.read_text()) if manifest.is_file() else {}, evaluation)
+
+def said_beside(
+    notes: dict[str, str],   # name of a model → its note
+) -> str:                    # a sentence
+    "The notes of several models, for a caption."
+    apart = [name for name, note in notes.items() if note]
+    return f"Not decontaminated against these texts: {', '.join(apart)}." if apart else "These texts were kept out of the training."
 
 # %% ../nbs/04j_corpus.ipynb #f3866376
 def markdown_table(

@@ -11,7 +11,7 @@ import json
 from .collection import Collection
 from .comparison import Candidate, candidate, cut, encode, open_model, score_texts
 from .contamination import evaluation_sets
-from .corpus import decontamination_note
+from .corpus import decontamination_note, said_beside
 from .heldout import test_texts
 from .perplexity import Scores, change, perplexity, policy
 from .report import NAMES, Grid, interval_of, percent
@@ -88,8 +88,7 @@ def evaluation_table(
         rows.append((NAMES.get(s, s), f"{last['documents']:,}", f"{last['tokens']:,}", *(str(interval_of(f, f["documents"])) for f in figures),
                      *([percent(interval_of(change[s], last["documents"]))] if change else []), bits, " → ".join(f"{f['non_finite']:,}" for f in figures)))
     names = ("perplexity",) if len(results["models"]) == 1 else tuple(results["models"])
-    apart = [f"{name} {note}" for name, note in zip(results["models"], results["beside"]) if note]
-    said = f" Against these texts: {', '.join(apart)}." if apart else " These texts were kept out of the training."
+    said = " " + said_beside(dict(zip(results["models"], results["beside"])))
     heads = ("test set", "documents", "tokens", *names, *(["change"] if change else []), "bits per byte", "not finite")
     return Grid(heads, tuple(rows), f"{' and '.join(results['models'])}: {results['policy']}; token-weighted, {results['precision']}; 95 % intervals by bootstrap over documents; documents whose loss is not finite are left out and counted." + said)
 

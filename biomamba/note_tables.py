@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from .clinical import Item, share_of_hash
 from .content import WORD
+from .corpus import said_beside
 from .metrics import seed_interval
 from .paper_results import ARMS, CLINICAL_SCALES, clinical_score, published_table
 from .report import Grid, style
@@ -61,7 +62,7 @@ def table_4(
         rows.append((name, *(cell if (p := beside(name, *column)) is None else f"{cell}; paper {p:.2f}" for cell, column in zip(cells, columns))))
     notes = ", ".join(f"{next(iter(results['stages'].values()))[task]['notes']} notes for {task}" for task in TASK_NAMES)
     against = "the whole reference" if reference == "whole reference" else "the first 128 tokens of the reference"
-    caption = f"ROUGE {part} in percent against {against}; scale {results['scale']}, {notes}; greedy, 128 new tokens; 95 % intervals by bootstrap over patients."
+    caption = f"ROUGE {part} in percent against {against}; scale {results['scale']}, {notes}; greedy, 128 new tokens; 95 % intervals by bootstrap over patients. {said_beside(results['beside'])}"
     return Grid(("model", *(f"{task} R-{kind}" for task, kind in columns)), tuple(rows), caption)
 
 # %% ../nbs/40g_note_tables.ipynb #6fc1a464

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .comparison import PUBLISHED
+from .corpus import said_beside
 from .paper_results import published_table
 from .perplexity import Scores, document_losses, scored_sequence
 from .report import LOOKS, NAMES, Grid, style
@@ -68,7 +69,7 @@ def fair_table(
         rows.append((name + mark, *bits, *apart))
     heads, first = [NAMES.get(k, k) for k in sets], next(iter(results["models"]))
     return Grid(("model", *(f"{h}, bits per byte" for h in heads), *(f"{h}, difference" for h in heads)), tuple(rows),
-                f"Difference: from {first}, paired over texts; below zero is better. † its tokenizer does not give these texts back, so it had less to predict.")
+                f"Difference: from {first}, paired over texts; below zero is better. † its tokenizer does not give these texts back, so it had less to predict. {said_beside(results['beside'])}")
 
 # %% ../nbs/40d_reading.ipynb #42c1c67f
 def comparison_figure(
