@@ -111,9 +111,7 @@ def paper_beside(
     rows = [tuple(cell(column, value) for column, value in zip(table.columns, row)) for row in [*table.rows, *our_rows(str(number), results)]]
     return Grid(table.columns, tuple(rows), f"Table {number}: {table.title}. Paper: {table.measured_on}. This run: mean over {len(results['seeds'])} seeds; PubMedQA as published.")
 
-# %% ../nbs/40f_qa_report.ipynb #6b1aac44
-MARKS = {"base": dict(color="#D55E00", marker="s", linestyle="--"), "adapted": dict(color="#0072B2", marker="o", linestyle="-")}
-
+# %% ../nbs/40f_qa_report.ipynb #5c1e9d07
 def sure_and_right(
     seeds: list[list[Prediction]],   # predictions of each seed
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) confidence, (n,) whether right; all seeds together
@@ -128,6 +126,9 @@ def calibration_titles(
     off = ", ".join(f"{100 * calibration_error(sure, right):.0f} ({arm})" for arm, (sure, right) in answers.items())
     half = ", ".join(f"{100 * risk_coverage(sure, right)[1][(len(sure) - 1) // 2]:.1f} % ({arm})" for arm, (sure, right) in answers.items())
     return f"confidence is off by {off} points", f"wrong in the surer half: {half}"
+
+# %% ../nbs/40f_qa_report.ipynb #6b1aac44
+MARKS = {"base": dict(color="#D55E00", marker="s", linestyle="--"), "adapted": dict(color="#0072B2", marker="o", linestyle="-")}
 
 def calibration_figure(
     runs: dict[str, list[list[Prediction]]],   # arm → predictions of each seed

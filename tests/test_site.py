@@ -2,6 +2,7 @@
 import functools
 import http.server
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -19,6 +20,11 @@ REPOSITORY, WEB = "https://github.com/biomamba/biomamba/blob/main/", "https://bi
 pytestmark = pytest.mark.slow
 
 
+def absent(what: str) -> None:
+    "Skip; under `make test-docs`, which exists to look, fail."
+    (pytest.fail if os.environ.get("BIOMAMBA_SITE") == "must be looked at" else pytest.skip)(what)
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *words): pass
 
@@ -26,7 +32,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def pages() -> list[str]:
     "The pages of the site, by their paths."
-    if not (SITE / "search.json").exists(): pytest.skip("there is no built site in _docs: `make docs` builds it")
+    if not (SITE / "search.json").exists(): absent("there is no built site in _docs: `make docs` builds it")
     return sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
 
 
@@ -42,7 +48,7 @@ def address(pages):
 @pytest.fixture(scope="module")
 def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `make test-docs` installs it")
-    if CHROMIUM is None: pytest.skip("there is no Chromium on this machine")
+    if CHROMIUM is None: absent("there is no Chromium on this machine")
     with sync.sync_playwright() as play:
         opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
