@@ -211,6 +211,17 @@ def test_the_development_set_is_pinned():
         assert requirements(key) <= set(pins), f"{key}: {sorted(requirements(key) - set(pins))} have no pin"
 
 
+def test_what_is_installed_accepts_every_python_that_we_do():
+    from packaging.specifiers import SpecifierSet
+    oldest = settings()["min_python"] + ".0"
+    lines = [line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    installed = {d.metadata["Name"].replace("_", "-").lower(): d for d in importlib.metadata.distributions()}
+    pinned = {name: installed[name] for name, _ in ((n.replace("_", "-").lower(), v) for n, v in lines) if name in installed}
+    assert len(pinned) > 100
+    refuse = {name: d.metadata["Requires-Python"] for name, d in pinned.items() if oldest not in SpecifierSet(d.metadata["Requires-Python"] or "")}
+    assert not refuse, f"pinned for Python {oldest} and newer, and refused there: {refuse}"
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_library_and_the_run_notebooks(tmp_path):
     clone = tmp_path / "clone"
