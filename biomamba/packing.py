@@ -104,10 +104,13 @@ def row_batches(
     row_tokens: int,          # tokens of a row
     micro_batch_tokens: int,  # most tokens of one forward pass (a single longer row goes alone)
 ) -> list[list[list[int]]]:  # micro-batches of rows of numbers of sequences
-    "Rows of nearly equal fullness, in micro-batches of nearly equal tokens."
+    "As few rows as best fit needs, nearly equal, in micro-batches of nearly equal tokens."
     if not lengths: return []
-    row_tokens = min(row_tokens, max(micro_batch_tokens, *lengths))
-    rows = sorted(best_fit(lengths, row_tokens), key=lambda row: -sum(lengths[i] for i in row))
+    row_tokens, size = min(row_tokens, max(micro_batch_tokens, *lengths)), lambda row: sum(lengths[i] for i in row)
+    rows = best_fit(lengths, row_tokens)
+    even = deal(lengths, len(rows))
+    if max(map(size, even)) <= row_tokens: rows = even
+    rows = sorted(rows, key=lambda row: -size(row))
     batches = -(-len(rows) // max(1, micro_batch_tokens // row_tokens))
     return [rows[k::batches] for k in range(batches)]
 
@@ -226,7 +229,7 @@ def step_batches(
     chosen = [corpus[int(i)] for i in step_indices(len(corpus), recipe.sequences_per_step, recipe.seed, step)]
     assert recipe.device_batch != "auto", "the training loop has to say how many sequences a forward pass takes"
     tokens = recipe.device_batch * recipe.max_tokens if recipe.device_batch else recipe.micro_batch_tokens
-    of = lambda layout, sequences: layout(sequences, recipe.max_tokens, tokens, process, processes)
+    of = lambda layout, sequences: layout(sequences, tokens if layout is micro_batches else recipe.max_tokens, tokens, process, processes)
     layout = LAYOUTS[recipe.packing, recipe.padding]
     if recipe.long_documents != "carry": return of(layout, chosen)
     long, short = ([s for s in chosen if (len(s) - 1 > recipe.max_tokens) == longer] for longer in (True, False))

@@ -42,7 +42,7 @@ def progress(
     **options,          # any other option of tqdm
 ) -> tqdm:
     "A text progress bar that appears after two seconds, the same in a terminal and in Jupyter."
-    return tqdm(iterable, total=total, desc=desc, unit=unit, **{"delay": 2, "dynamic_ncols": True, "mininterval": 0.5} | options)
+    return tqdm(iterable, total=total, desc=desc, unit=unit, **{"delay": 2, "dynamic_ncols": True, "mininterval": 1.0} | options)
 
 # %% ../nbs/01a_recipe.ipynb #59211d30
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def train(
             if main: run.log(**line)
             track(accelerator, state.step, line | fast)
             check_finite(state, line, recipe)
-            bar.set_postfix_str(postfix(line, fast)); bar.update()
+            bar.set_postfix_str(postfix(line, fast), refresh=False); bar.update()
 
 # %% ../nbs/09e_training.ipynb #11bd481a
 class Trained(Corpus):
