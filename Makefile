@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra -n 2 --dist loadfile
 
 .NOTPARALLEL:
-.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench outputs export readme results docs test-docs dist test-package ruff lint clean
+.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench gpu-check outputs export readme results docs test-docs dist test-package ruff lint clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-16s%s\n' "$$name" "$$text"; done
@@ -59,6 +59,9 @@ soak: setup ## kill a training run twenty times and compare what it ends with, b
 
 bench: setup ## measure speed and memory against stock transformers, a quarter of an hour; ROW="step-fp32 tokenizing" for some rows
 	$(PY) -m benchmarks $(ROW)
+
+gpu-check: setup ## hold what a GPU computes to the CPU, and measure it, at every scale; wants the extra cuda
+	$(PY) -m benchmarks.gpu
 
 outputs: setup ## execute the notebooks in place and store their outputs; NB="10_cpt index" for some of them
 	$(NOTEBOOKS) outputs $(NB)

@@ -210,3 +210,22 @@ def test_every_row_runs_at_tiny_sizes(tmp_path):
 def test_an_unknown_row_is_one_sentence():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "step-fp23"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no row 'step-fp23' (did you mean 'step-fp32'?)" in done.stderr
+
+
+def test_without_a_gpu_nothing_is_checked_and_that_is_said(monkeypatch, capsys):
+    if torch.cuda.is_available(): pytest.skip("a GPU is in reach: make gpu-check measures it")
+    from benchmarks import gpu
+    monkeypatch.setattr(sys, "argv", ["gpu", "130m"])
+    assert gpu.main() == 0 and capsys.readouterr().out.strip() == "no GPU is in reach of torch: nothing was checked"
+    monkeypatch.setattr(sys, "argv", ["gpu", "130n"])
+    with pytest.raises(SystemExit): gpu.main()
+    assert "'130n'" in capsys.readouterr().err
+
+
+def test_the_texts_of_the_gpu_check_are_full_rows_of_whole_documents():
+    from benchmarks.gpu import CHECKS, apart, text
+    assert set(CHECKS) >= {"kernels", "training", "beside", "writing", "tiny", "130m", "370m", "780m", "1.3b", "2.7b"}
+    batch = text(recipe("tiny"), 3000, seed=0)
+    assert batch.input_ids.shape == (1, 3000) and batch.tokens == 3000 and batch.documents == int(batch.seq_idx.max()) + 1 > 4
+    assert bool((batch.seq_idx[0].diff() >= 0).all()) and int((batch.seq_idx[0] == 1).sum()) >= 8
+    assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])) == pytest.approx(2.0)

@@ -261,10 +261,14 @@ def test_kernels_are_called_with_seq_idx(monkeypatch):
     def scan(x, dt, A, B, C, chunk_size, **options):
         seen.append(("scan", chunk_size, options["seq_idx"].dtype, options["dt_softplus"]))
         return mamba2.chunk_scan(x, dt, A, B, C, chunk_size, **options)
+    def norm(x, weight, bias, z, eps, group_size, norm_before_gate):
+        seen.append(("norm", z is not None, norm_before_gate))
+        return mamba2.GatedNorm.apply(x, z, weight, eps, group_size)
     expected = model(ids, seq_idx=documents).logits
-    monkeypatch.setattr(mamba2, "kernels_for", lambda x: (conv, scan))
+    monkeypatch.setattr(mamba2, "kernels_for", lambda x: mamba2.Kernels(conv, scan, norm))
     torch.testing.assert_close(model(ids, seq_idx=documents).logits, expected, rtol=0, atol=1e-5)
-    assert seen[0] == ("conv", (2, 160, 90), torch.int32, "silu") and seen[1] == ("scan", 256, torch.int32, True) and len(seen) == 4
+    layer = [("norm", False, False), ("conv", (2, 160, 90), torch.int32, "silu"), ("scan", 256, torch.int32, True), ("norm", True, False)]
+    assert seen == layer * 2 + [("norm", False, False)]
 
 
 def test_missing_kernels_are_said_once(monkeypatch, caplog):
