@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS_READ', 'arm_recipe', 'seeds_from', 'Job', 'Ablation', 'planned', 'write_scores', 'read_scores',
            'score_held_out', 'kept_at', 'read_part', 'base_scores', 'adapt', 'start_worker', 'each', 'Point',
-           'read_point', 'figures_at', 'ablation_dir', 'identity_of_ablation', 'base_figures', 'trained_tokens',
-           'assemble_ablation']
+           'read_point', 'figures_at', 'identity_of_ablation', 'base_figures', 'trained_tokens', 'assemble_ablation']
 
 # %% ../nbs/11c_ablation.ipynb #82c804fa
 import contextlib, json, math, os, shutil
@@ -27,7 +26,7 @@ from .optimizer_step import Rows
 from .perplexity import Scores, score
 from .processes import PARENT, end_with_parent, start_accelerator
 from .recipe import check_recipe, progress
-from .runs import Recipe, Run, UserError, check_processes, code_version, environment, fingerprint, given, resolve, restricted, write_atomic
+from .runs import Recipe, Run, UserError, check_processes, code_version, environment, restricted, write_atomic
 from .training import identity_of, open_corpus, pretrain
 
 # %% ../nbs/11c_ablation.ipynb #e90c7102
@@ -228,15 +227,6 @@ def figures_at(
     return {part: figures_of([read_part(job, part, weight) for job in ablation.jobs(shares)], base_scores(ablation, part), goal) for part in PARTS_READ}
 
 # %% ../nbs/11c_ablation.ipynb #1f87ecdf
-def ablation_dir(
-    run_dir: str | None,   # as given
-    scale: str,
-    **parameters,          # that decide the ablation, as given
-) -> Path:
-    "The folder of an ablation: the one that was named, or runs/mixture-<scale>[-<fingerprint of the variant>]."
-    asked = given(**parameters)
-    return resolve(str(run_dir)) if run_dir else resolve(f"runs/mixture-{scale}" + (f"-{fingerprint(asked)[:8]}" if asked else ""))
-
 def identity_of_ablation(
     ablation: Ablation,
     model: str,          # what the base is called

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY_QA', 'TINY_SHARE', 'MOST_VALIDATION', 'TESTED', 'base_of', 'tiny_run', 'models_of', 'splits_of', 'share_of',
-           'qa_recipe', 'seeds_of', 'read_test', 'run_arm', 'run_all', 'answers_dir', 'scored', 'plain', 'over_seeds',
-           'arm_results', 'right', 'paired_results', 'protocol_results', 'identity_of_answers', 'beside',
-           'assemble_answers']
+           'qa_recipe', 'seeds_of', 'read_test', 'run_arm', 'run_all', 'scored', 'plain', 'over_seeds', 'arm_results',
+           'right', 'paired_results', 'protocol_results', 'identity_of_answers', 'beside', 'assemble_answers']
 
 # %% ../nbs/21c_protocols.ipynb #53546d7b
 import datetime, json, shutil
@@ -25,7 +24,7 @@ from .processes import start_accelerator
 from .qa import Prediction, generated_answers, qa_example, read_answer, read_predictions, score_questions, write_predictions, write_settings
 from .questions import QuestionSet, Split, bioasq_parts, check_apart, official_split, read_bioasq_set, read_pubmedqa_set, sample_qa, yes_no_split
 from .recipe import progress, recipe
-from .runs import Run, UserError, cache_dir, fingerprint, given, resolve, run_dir_for, write_atomic
+from .runs import Run, UserError, cache_dir, given, resolve, run_dir_for, write_atomic
 from .sft import SftRecipe, fine_tune, sft_recipe
 from .sources import sources_of
 from .statistics import Interval, paired_bootstrap
@@ -180,15 +179,6 @@ def run_all(
         tuned = qa_recipe(scale, arm, seed, steps, overrides)
         runs[split.name][arm].append(run_arm(run_dir, arm, models[arm], split, tuned, write=seed == seeds[0]))
     return runs
-
-def answers_dir(
-    run_dir: str | None,   # as given
-    scale: str,
-    **parameters,          # that decide the comparison, as given
-) -> Path:
-    "The folder of a comparison: the one that was named, or runs/qa-<scale>[-<fingerprint of the variant>]."
-    asked = given(**parameters)
-    return resolve(str(run_dir)) if run_dir else resolve(f"runs/qa-{scale}" + (f"-{fingerprint(asked)[:8]}" if asked else ""))
 
 # %% ../nbs/21c_protocols.ipynb #50e52e6b
 def scored(

@@ -7,7 +7,8 @@ __all__ = ['TELEMETRY', 'fingerprint', 'project_root', 'resolve', 'cache_dir', '
            'replace_folder', 'flatten', 'differences', 'same_run', 'check_run_dir', 'Run', 'read_metrics', 'wordless',
            'made_once', 'reads_only', 'stop_telemetry', 'all_reasons', 'mark_restricted', 'restricted', 'stated',
            'inherit_mark', 'private_folder', 'assigned', 'check_parameters', 'as_dict', 'given', 'mixture_asked',
-           'recipe_from', 'check_processes', 'spelled', 'run_dir_for', 'version_of', 'environment', 'code_version']
+           'recipe_from', 'check_processes', 'spelled', 'variant_dir', 'run_dir_for', 'version_of', 'environment',
+           'code_version']
 
 # %% ../nbs/01b_runs.ipynb #e3d39569
 import ast, contextlib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, sys, tempfile
@@ -382,6 +383,15 @@ def spelled(
     return str(resolve(path).relative_to(project_root().resolve()) if inside else resolve(path))
 
 # %% ../nbs/01b_runs.ipynb #936b11e8
+def variant_dir(
+    run_dir: str | None,   # as given
+    name: str,             # of what runs without parameters
+    **parameters,          # that decide what runs, as given
+) -> Path:
+    "The folder of a run: the one that was named, or runs/<name>[-<fingerprint of the variant>]."
+    asked = given(**parameters)
+    return resolve(str(run_dir) if run_dir else f"runs/{name}" + (f"-{fingerprint(asked)[:8]}" if asked else ""))    # papermill reads a name like 2024 as a number
+
 def run_dir_for(
     run_dir: str | None,       # as given
     recipe_asked: Recipe,
@@ -391,11 +401,10 @@ def run_dir_for(
     against: str | None = None,  # as given
 ) -> Path:
     "The folder of a run: the one that was named, or runs/<scale>[-<fingerprint of the variant>]."
-    if run_dir: return resolve(str(run_dir))    # papermill reads a name like 2024 as a number
     default, several = recipe(recipe_asked.scale), None if processes == 1 else processes
     variant = {} if deciding(recipe_asked) == deciding(default) else deciding(recipe_asked)
     asked = [variant | given(corpus=of(corpus), model=of(model), processes=several, against=against) for of in (lambda path: path, spelled)]
-    folders = [resolve(Path("runs") / (f"{recipe_asked.scale}-{fingerprint(how)[:8]}" if how else recipe_asked.scale)) for how in asked]
+    folders = [variant_dir(run_dir, recipe_asked.scale, **how) for how in asked]
     return folders[0] if folders[0].exists() else folders[1]    # what was made under the words as they were typed is found again
 
 # %% ../nbs/01b_runs.ipynb #4c147256

@@ -15,7 +15,7 @@ import torch
 from biomamba.checkpoints import load_model, save_model
 from biomamba.mamba2 import EOS, mamba2_config, new_model
 from biomamba.metrics import ACCURACY, measure
-from biomamba.protocols import (answers_dir, base_of, models_of, paired_results, protocol_results, qa_recipe, run_arm, share_of,
+from biomamba.protocols import (base_of, models_of, paired_results, protocol_results, qa_recipe, run_arm, share_of,
                                 splits_of)
 from biomamba.qa import (Prediction, ask, candidates, generated_answers, prompt_text, prompts_of, qa_example, read_answer, read_predictions,
                          score_questions, write_settings)
@@ -363,10 +363,6 @@ def test_an_arm_reads_the_test_once(newborn, texts, tmp_path):
     trained = {q.id for q in (*splits[1].train, *splits[1].validation)}
     assert not trained & {s["id"] for s in stored}, "no scored id was trained on"
     assert measure(ACCURACY, [p.gold for p in read_predictions(folder / "predictions.jsonl")["official"]], [p.prediction for p in again["predictions"]["official"]]) <= 1
-
-
-def test_folders_of_variants():
-    assert answers_dir(None, "tiny", seeds=None).name == "qa-tiny" != answers_dir(None, "tiny", seeds=2).name
 
 
 # ---------------------------------------------------------------- the command
