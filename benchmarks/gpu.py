@@ -7,7 +7,6 @@ card, and ends with code 1 where a number misses its bound. Without a GPU it say
 """
 import argparse
 import contextlib
-import copy
 import dataclasses
 import gc
 import json
