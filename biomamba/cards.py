@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .found import kind_of
 from .guards import sensitive_section
+from .mixture_report import mixture_table
 from .note_tables import table_4
 from .qa_report import answers_table
 from .report import NAMES, Grid, perplexity_table
@@ -107,7 +108,7 @@ def results_section(
     results: dict,   # results.json of the run, or of the comparison that it belongs to
 ) -> str:
     "The table of results with its intervals."
-    tables = {"cpt": perplexity_table, "qa": answers_table, "clinical": table_4}
+    tables = {"cpt": perplexity_table, "qa": answers_table, "clinical": table_4, "mixture": mixture_table}
     kind = kind_of(results)
     return tables[kind](results)._repr_markdown_() if kind in tables else "This model was not tested: the validation loss above selected its checkpoint and is no result."
 
