@@ -7,15 +7,17 @@ __all__ = ['scores_of', 'how_read', 'results_of', 'manifest_of', 'beside_texts',
 
 # %% ../nbs/40e_evaluation.ipynb #2545baab
 import json
+from collections.abc import Iterable
 
 from .collection import Collection
 from .comparison import Candidate, candidate, cut, encode, open_model, score_texts
-from .contamination import evaluation_sets
+from .contamination import EvaluationSet, evaluation_sets, read_set
 from .corpus import decontamination_note, said_beside
 from .heldout import test_texts
 from .perplexity import Scores, change, perplexity, policy
 from .report import NAMES, Grid, interval_of, percent
 from .runs import UserError, resolve, write_atomic
+from .sample import WRITERS
 
 # %% ../nbs/40e_evaluation.ipynb #b2577094
 def scores_of(
@@ -66,15 +68,17 @@ def manifest_of(
 
 def beside_texts(
     model: str,
-    corpus: str,   # as `test_texts` takes it
-) -> str:          # "" or "not decontaminated"
+    corpus: str,                              # as `test_texts` takes it
+    sources: Iterable[str] = tuple(WRITERS),  # of the corpus, that were read
+) -> str:                                     # "" or "not decontaminated"
     "What stands beside the numbers of a model on the held-out texts of a corpus."
     manifest = manifest_of(model)
     if str(corpus) == "sample": return "" if manifest and all("sample" in s["origin"] for s in manifest["sources"].values()) else "not decontaminated"
     path = resolve(str(corpus))
     if (path / "manifest.json").is_file() and manifest.get("collection") == Collection(path).fingerprint: return ""
     if (path / "manifest.json").is_file() or not manifest: return "not decontaminated"
-    return max(decontamination_note(manifest, s) for s in evaluation_sets(path))
+    read = [p for p in (path.iterdir() if path.is_dir() else ()) if p.name.split(".")[0] in sources]     # what else lies there was not scored
+    return max(decontamination_note(manifest, s) for s in [EvaluationSet(p.name, read_set(p)) for p in read] or evaluation_sets(path))
 
 # %% ../nbs/40e_evaluation.ipynb #a74d1de7
 def evaluation_table(
@@ -107,7 +111,8 @@ def evaluate(
     "The perplexity of MODEL on the held-out documents of a corpus, with intervals."
     if precision not in ("fp32", "bf16"): raise UserError(f"precision={precision!r}; fp32 or bf16 is accepted")
     if window is not None and window < 1: raise UserError(f"window={window}; a whole number from 1 is accepted")
-    results = results_of(model, adapted, test_texts(corpus, sources, documents), window, precision)
-    results["beside"] = [beside_texts(name, corpus) for name in (model, adapted) if name]
+    texts = test_texts(corpus, sources, documents)
+    results = results_of(model, adapted, texts, window, precision)
+    results["beside"] = [beside_texts(name, corpus, texts) for name in (model, adapted) if name]
     if out: write_atomic(resolve(out), json.dumps(results, indent=1) + "\n")
     return evaluation_table(results)
