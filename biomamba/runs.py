@@ -18,7 +18,7 @@ from typing import Any
 
 import filelock
 
-import biomamba
+from . import __file__ as library, __version__
 from .recipe import Recipe, UserError, base_recipe, check_mixture, check_recipe, deciding, did_you_mean, ema_decay, machine_settings, mixture_fields, progress, recipe, steps_of
 
 # %% ../nbs/01b_runs.ipynb #9e40d9fc
@@ -435,8 +435,8 @@ def environment() -> dict:  # gpu, driver, cuda, os, python, torch, mamba_ssm, t
 # %% ../nbs/01b_runs.ipynb #c6be8592
 def code_version() -> dict:  # biomamba, commit (None outside a checkout; "+" behind it: with changes)
     "The library's version and, in a checkout of it, its commit."
-    checkout, git = Path(biomamba.__file__).resolve().parent.parent, shutil.which("git")
-    version = {"biomamba": biomamba.__version__, "commit": None}
+    checkout, git = Path(library).resolve().parent.parent, shutil.which("git")
+    version = {"biomamba": __version__, "commit": None}
     if not git or not (checkout / ".git").exists(): return version
     ask = lambda *words: subprocess.run([git, *words], cwd=checkout, capture_output=True, text=True).stdout.strip()
     changed = ask("status", "--porcelain", "--untracked-files=no")
