@@ -8,6 +8,7 @@ __all__ = ['z_statistic', 'draw_counts', 'p_text', 'compare_groups', 'study_fact
 
 # %% ../nbs/03e_abstracts.ipynb #7ba2c1e4
 import math
+from typing import Any
 
 from .grammar import Terms, between, pick, pick_some, seeded
 from .lexicons import AREAS, LEXICONS
@@ -49,7 +50,7 @@ def draw_counts(
 def _ratio(
     log_ratio: float,  # natural logarithm of the ratio
     error: float,  # its standard error
-) -> tuple[str, str, str]:  # ratio and 95 % limits, two digits
+) -> tuple[str, ...]:  # ratio and 95 % limits, two digits
     "A ratio with its Wald interval, as text."
     return tuple(f"{math.exp(log_ratio + shift * error):.2f}" for shift in (0, -1.96, 1.96))
 
@@ -91,7 +92,7 @@ def _topic_facts(
 ) -> dict:  # fact name -> term or list of terms
     "What a study is about."
     area = AREAS[pick(uniform, list(AREAS))]
-    facts = {name: Terms(terms) for name, terms in area.items()}
+    facts: dict[str, Any] = {name: Terms(terms) for name, terms in area.items()}
     for name, terms in _DISTINCT.items():
         facts[name], facts[name + "2"] = pick_some(uniform, area[terms], 2)
     for name, terms in _SINGLE.items():

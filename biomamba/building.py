@@ -9,8 +9,10 @@ __all__ = ['UP_TO', 'Report', 'tokenizer_at', 'mixture_named', 'check_destinatio
 # %% ../nbs/04k_building.ipynb #72bdd8e7
 import dataclasses, json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from .steps import Steps, tokenizer_hash, wrap_tokenizer
 class Report:
     "What became of the documents of a corpus."
     corpus: Corpus
+    length_table: ClassVar[Any]; hits: ClassVar[Any]; contamination_table: ClassVar[Any]; examples: ClassVar[Any]   # in the cells below
+    _repr_markdown_: ClassVar[Callable[..., Any]]
 
     @property
     def reasons(self) -> Counter:  # "step: why" → documents
@@ -96,7 +100,7 @@ Report.examples, Report._repr_markdown_ = property(_examples), _report_markdown
 # %% ../nbs/04k_building.ipynb #c25d32ef
 def tokenizer_at(
     place: str | Path | None,  # tokenizer.json, or a folder that holds one
-):  # transformers.PreTrainedTokenizerFast, or None
+) -> Any:  # transformers.PreTrainedTokenizerFast, or None
     "The tokenizer of a file or folder."
     if place is None: return None
     path = resolve(place)

@@ -14,6 +14,7 @@ __all__ = ['logger', 'SSM_DEFAULTS', 'SSM_NAMES', 'SSM_FIXED', 'FILES', 'TOKENIZ
 import contextlib, json, logging, os, pickle, zipfile
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -76,12 +77,13 @@ def config_from_state_spaces(
     if missing: raise UserError(f"{where} has a configuration of mamba-ssm without {missing[0]}; d_model, n_layer and vocab_size are needed")
     ssm = SSM_DEFAULTS | {k: v for k, v in config["ssm_cfg"].items() if k != "layer"}
     multiple, entries = config.get("pad_vocab_size_multiple", 8), config["vocab_size"]
+    more: dict[str, Any] = {"tokenizer_entries": entries, "pad_vocab_size_multiple": multiple}  # transformers keeps what it does not know
     with _describing(where): return Mamba2Config(
         hidden_size=config["d_model"], num_hidden_layers=config["n_layer"], vocab_size=-(-entries // multiple) * multiple,
         num_heads=ssm["expand"] * config["d_model"] // ssm["headdim"], **{SSM_NAMES[k]: v for k, v in ssm.items()},
         tie_word_embeddings=config.get("tie_embeddings", True), residual_in_fp32=config.get("residual_in_fp32", True),
         eos_token_id=EOS, bos_token_id=EOS, pad_token_id=PAD, layer_norm_epsilon=1e-5, initializer_range=0.02,
-        rescale_prenorm_residual=False, tokenizer_entries=entries, pad_vocab_size_multiple=multiple)
+        rescale_prenorm_residual=False, **more)
 
 # %% ../nbs/06c_checkpoints.ipynb #244473a0
 def config_to_state_spaces(
@@ -179,7 +181,10 @@ def find_checkpoint(
 ) -> Path:                            # folder with config.json and weights
     "Where a model's files are; the hub is asked only for a hub name that is not on the disk."
     name = os.fspath(name_or_path)
-    if name in SCALES and not resolve(name).is_dir(): name, revision = recipe(name).checkpoint, revision or recipe(name).revision
+    if name in SCALES and not resolve(name).is_dir():
+        published = recipe(name)
+        assert published.checkpoint, "a published scale has a checkpoint"
+        name, revision = published.checkpoint, revision or published.revision
     return _local(name) or hub_snapshot(name, revision, ("*.safetensors", "pytorch_model.bin"))
 
 # %% ../nbs/06c_checkpoints.ipynb #56a51191
@@ -467,7 +472,7 @@ def stock_logits(
     tensors = from_state_spaces(dict(read_tensors(folder)), config.tie_word_embeddings, folder) if from_ssm else None
     with _plain_stock():
         model = Mamba2ForCausalLM.from_pretrained(None if from_ssm else folder, config=config, state_dict=tensors, dtype=torch.float32)
-        return probe_logits(model.eval().to(dtype))
+        return probe_logits(model.eval().to(dtype))  # pyright: ignore[reportArgumentType] transformers' decorator hides that `to` is a method
 
 # %% ../nbs/06c_checkpoints.ipynb #88233183
 def check_parity(

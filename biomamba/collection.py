@@ -9,9 +9,10 @@ __all__ = ['FORMAT', 'Count', 'write_collection', 'write_removed', 'Collection',
 # %% ../nbs/04i_collection.ipynb #385c6d18
 import dataclasses, json, shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,7 @@ def write_collection(
     work: Work,
     folder: Path,           # empty
     tokenizer_sha256: str,
-    against: list[EvaluationSet],
+    against: Sequence[EvaluationSet],
     key: str,               # as `collection_key` gave it
 ) -> None:
     "Put the folder of a collection together, its manifest last."
@@ -152,6 +153,7 @@ def write_removed(
 # %% ../nbs/04i_collection.ipynb #9314e415
 class Collection:
     "A folder of cleaned, split, tokenized documents; `UserError` when it does not match its manifest."
+    tokenizer_folder: Any; fingerprint: Any; restricted: Any; removed: Callable[..., Any]   # in the next cell
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -193,7 +195,7 @@ Collection.removed = _removed_table
 def collection_key(
     work: Work,
     tokenizer: dict,               # {"train": vocabulary} or {"sha256": of the tokenizer}
-    against: list[EvaluationSet],
+    against: Sequence[EvaluationSet],
 ) -> str:
     "The name of a collection: everything that decides it, and nothing that does not."
     return fingerprint({"format": FORMAT, "sources": {n: s.origin for n, s in sorted(work.sources.items())}, "tokenizer": tokenizer, "steps": work.parameters,
@@ -204,7 +206,7 @@ def build_collection(
     folder: Path,     # where it shall stand
     tokenizer,        # of the checkpoint; None: train one on the training documents
     vocabulary: int,  # of a trained tokenizer
-    against: list[EvaluationSet] = (),
+    against: Sequence[EvaluationSet] = (),
 ) -> None:
     "Run all stages that are not complete, then put the collection together; what stands there already is left alone."
     if (folder / "manifest.json").exists(): return shutil.rmtree(work.folder, ignore_errors=True)    # killed when only the work folder was left to remove
@@ -226,7 +228,7 @@ def open_collection(
     recipe: Recipe,
     tokenizer=None,    # transformers.PreTrainedTokenizerFast of the checkpoint; None: one is trained
     steps: Steps = Steps(),
-    against: list[EvaluationSet] = (),  # evaluation sets that no document may meet
+    against: Sequence[EvaluationSet] = (),  # evaluation sets that no document may meet
     engine: Engine = Engine(),
 ) -> Collection:  # from the cache, or built now
     "The collection of these sources under this tokenizer, built when it is not there yet."

@@ -254,7 +254,7 @@ def read_tables(
 DIAGNOSES = read_tables(_HEART_AND_LUNG + _BELLY_AND_BLOOD.lstrip("\n") + _NERVES_AND_BONES.lstrip("\n"))
 
 # %% ../nbs/03b_conditions.ipynb #324138cb
-CHRONIC = dict(line.split(": ", 1) for line in """
+CHRONIC: dict[str, str] = {name: drug for name, drug in (line.split(": ", 1) for line in """
 Hypertension: Lisinopril 20 mg PO DAILY
 Hyperlipidemia: Simvastatin 40 mg PO QPM
 Type 2 diabetes mellitus: MetFORMIN (Glucophage) 500 mg PO BID
@@ -279,7 +279,7 @@ Restless legs syndrome: Pramipexole 0.25 mg PO QHS
 Seasonal allergies: Loratadine 10 mg PO DAILY
 Vitamin B12 deficiency: Cyanocobalamin 1000 mcg PO DAILY
 Overactive bladder: Oxybutynin 5 mg PO BID
-""".strip().splitlines())
+""".strip().splitlines())}
 PEOPLE = lexicon("""
 surgeries: s/p cholecystectomy; s/p appendectomy; s/p right knee replacement; s/p hysterectomy; s/p hernia repair; s/p cataract surgery; s/p tonsillectomy; s/p lumbar laminectomy
 allergies: No Known Allergies / Adverse Drug Reactions; Codeine; latex; shellfish derived; peanut; adhesive tape; erythromycin base; nitrofurantoin; metronidazole; Compazine; nickel; bee venom

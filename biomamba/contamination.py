@@ -9,9 +9,11 @@ __all__ = ['WORD', 'BASE', 'BIOASQ_TYPES', 'words_of', 'whole_text', 'identities
 # %% ../nbs/04c_contamination.ipynb #e9bb3d64
 import hashlib, json, logging, re, unicodedata
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +93,8 @@ def gram_hashes(
 # %% ../nbs/04c_contamination.ipynb #494d8006
 class ContaminationIndex:
     "Finds the documents that are in evaluation sets."
+    _enter: Callable[..., Any]; _sort: Callable[..., Any]; _grams: Callable[..., Any]   # in the cells below
+    find: Callable[..., Any]; description: Any
 
     def __init__(self,
         sets: list[EvaluationSet],
@@ -161,7 +165,7 @@ def _find(self,
     ids = {(i, "id", 0) for name in identities(document) for i in self.by_identity.get(name, ())}
     whole = {(i, "whole text", 0) for i in self.by_whole.get(" ".join(words), ())} if len(words) < self.n else set()
     grams = {(i, self.how, count) for i, count in self._grams(words).items()}
-    return [Hit(*self.documents[i], document.id, how, shared) for i, how, shared in sorted(ids | whole | grams, key=lambda hit: (hit[0], hit[1] != "id"))]
+    return [Hit(*self.documents[i], document_id=document.id, how=how, shared=shared) for i, how, shared in sorted(ids | whole | grams, key=lambda hit: (hit[0], hit[1] != "id"))]
 
 ContaminationIndex.find = _find
 

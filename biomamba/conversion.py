@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 from transformers import Mamba2Config
 
 from .checkpoints import (check_checkpoint, check_dtypes, check_parity, config_to_state_spaces, find_checkpoint, generation_config, load_model,
@@ -71,7 +72,7 @@ class StatePickler(pickle.Pickler):
     def reducer_override(self, value):
         if not isinstance(value, Tensor): return NotImplemented
         storage = ("storage", STORAGES[value.dtype], str(self.numbers[id(value)]), "cpu", value.numel())
-        return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(value.shape), value.stride(), False, OrderedDict())
+        return _rebuild_tensor_v2, (storage, 0, tuple(value.shape), value.stride(), False, OrderedDict())
 
 # %% ../nbs/06e_conversion.ipynb #a43de065
 def add_record(

@@ -9,9 +9,11 @@ __all__ = ['SEQUENCE', 'UNITS', 'MIXTURES', 'slice_starts', 'with_ends', 'sequen
 
 # %% ../nbs/04j_corpus.ipynb #bdfd96d3
 import dataclasses, hashlib, io, json, re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,6 +148,8 @@ def choose(
 # %% ../nbs/04j_corpus.ipynb #8c81c0fc
 class Corpus:
     "The training sequences that a mixture and a seed choose from a collection, and the held-out documents beside them."
+    fingerprint: Any; synthetic: Any; folder: Any; lengths: Any; manifest: Any   # properties, and the methods beside them: in the cells below
+    choose: Callable[..., Any]; label: Callable[..., Any]; held_out: Callable[..., Any]; _repr_markdown_: Callable[..., Any]
 
     def __init__(self,
         collection: Collection,
@@ -181,7 +185,7 @@ def _choose(self) -> np.ndarray:  # (sequences,) of source, row, start, targets
     chosen = choose(sequences, self.mixture)
     made = np.empty(sum(map(len, chosen.values())), [("source", "u1"), *SEQUENCE.descr])
     made["source"] = np.repeat(np.arange(len(self.names)), [len(chosen[s]) for s in self.names])
-    for name in SEQUENCE.names: made[name] = np.concatenate([sequences[s][chosen[s]][name] for s in self.names])
+    for name, *_ in SEQUENCE.descr: made[name] = np.concatenate([sequences[s][chosen[s]][name] for s in self.names])
     return made
 
 Corpus.choose = _choose

@@ -9,13 +9,13 @@ __all__ = ['LEAST', 'WAITING', 'prefill', 'packs', 'packed_linear', 'LayerWeight
 # %% ../nbs/06d_decoding.ipynb #23e98116
 import functools, math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba2 import BioMambaForCausalLM
+from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .runs import UserError
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
@@ -81,11 +81,12 @@ def layer_weights(
     dtype: torch.dtype,  # of the matrix products
 ) -> LayerWeights:
     "Pack the products; bring the rest to fp32."
-    m, norm = block.mixer, block.norm
+    m, norm = cast(BioMambaMixer, block.mixer), cast(BioMambaRMSNorm, block.norm)
     real = lambda v: v.detach().to(torch.promote_types(v.dtype, torch.float32))
     taps = real(m.conv1d.weight).squeeze(1).flip(1).unbind(1)
     bias = torch.zeros(m.conv_dim, dtype=taps[0].dtype, device=taps[0].device) if m.conv1d.bias is None else real(m.conv1d.bias)
-    limit = None if tuple(m.time_step_limit) == (0.0, float("inf")) else tuple(m.time_step_limit)
+    least, most = m.time_step_limit
+    limit = None if (least, most) == (0.0, float("inf")) else (least, most)
     inside, outside = norm.weight * len(norm.weight)**0.5, m.norm.weight * m.norm.group_size**0.5
     return LayerWeights(packed_linear(m.in_proj, inside, dtype), packed_linear(m.out_proj, outside, dtype),
                         tuple(v.contiguous() for v in taps), bias, real(m.dt_bias), real(m.A_log).exp() / -math.log(2), real(m.D)[:, None], limit)
@@ -222,7 +223,7 @@ def _join(
 ) -> None:
     "Step size, decays, and the place of the new token."
     torch.add(v.dt, w.dt_bias, out=s.dt)
-    torch._C._nn.softplus(s.dt, out=s.dt)
+    torch._C._nn.softplus(s.dt, out=s.dt)  # pyright: ignore[reportAttributeAccessIssue] not in torch's stubs
     if w.dt_limit: s.dt.clamp_(*w.dt_limit)
     torch.mul(s.dt, w.A, out=s.a)
     log.add_(s.a.unsqueeze(-1))
@@ -258,7 +259,7 @@ def layer_step(
     _take_in(w, v, s)
     _join(w, v, s, memory.log)
     _read_out(w, s, memory)
-    torch._C._nn.silu(v.gate, out=s.gated)
+    torch._C._nn.silu(v.gate, out=s.gated)  # pyright: ignore[reportAttributeAccessIssue] not in torch's stubs
     s.gated.mul_(s.groups)
     _over_norm(s.gated, s.gated_padded, s.group_norm, s.wide)
     s.hidden.add_(w.out_proj(s.wide_filled)[:len(v.row)])

@@ -7,6 +7,7 @@ __all__ = ['draw_labs', 'show_labs', 'admission_facts', 'write_note', 'patient_n
 
 # %% ../nbs/03h_discharge.ipynb #8ae0ac80
 from datetime import datetime, timedelta
+from typing import Any
 
 from .conditions import CHRONIC, DIAGNOSES, PEOPLE
 from .grammar import Grammar, Terms, between, pick, pick_some, render_text, seeded
@@ -164,7 +165,7 @@ def admission_facts(
     table = {key: [render_text(term, uniform) for term in terms] for key, terms in DIAGNOSES[name].items()}
     first, last = draw_labs(DIAGNOSES[name], uniform)
     (lab1, lab2), story = list(first)[:2], Terms(pick_some(uniform, table["story"], 4))
-    facts = {key: pick(uniform, table[key + "s"]) for key in ("drug", "procedure")}
+    facts: dict[str, Any] = {key: pick(uniform, table[key + "s"]) for key in ("drug", "procedure")}
     facts |= {f"{key}{k}": text for key, count in (("complaint", 2), ("sign", 2), ("script", 2), ("studie", 2)) for k, text in enumerate(pick_some(uniform, table[key + "s"], count), 1)}
     facts |= dict(complaint=facts["complaint1"], sign=facts["sign1"], study=facts["studie1"], story=story, story_used=story[0], clinic=table["clinic"][0], service=table["service"][0])
     facts |= {f"{lab}_{when}": labs[test] for lab, test in (("lab1", lab1), ("lab2", lab2)) for when, labs in (("in", first), ("out", last))}

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeGuard
 
 from .guards import MIMIC, discreet
 from .medline import find_revisions, medline_items
@@ -116,7 +117,7 @@ def hub_errors(
     revision: str | None,
 ):
     "Turn what goes wrong at the hub into `UserError`."
-    import datasets
+    import datasets.exceptions
     try: yield
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(f"{place} at revision {revision or 'main'} is not on the hub, or needs a login; a local folder for read_documents, or the built-in sample, is accepted") from None
@@ -148,7 +149,9 @@ def hub_revision(
     wanted, config = revision or HUB[key].revision, config or HUB[key].config
     if wanted and re.fullmatch("[0-9a-f]{40}", wanted): return wanted
     with hub_errors(HUB[key].name, f"{config or 'default'} configuration", wanted):
-        return datasets.load_dataset_builder(HUB[key].name, config, revision=wanted).hash
+        found = datasets.load_dataset_builder(HUB[key].name, config, revision=wanted).hash
+    assert found, "a builder of a hub's dataset has a hash"
+    return found
 
 # %% ../nbs/02c_documents.ipynb #387f01bd
 def hub_rows(
@@ -169,7 +172,7 @@ def hub_items(
     start: int,       # rows that were read before
 ) -> Iterator[tuple[int, Document | Skip]]:  # row number, from 1
     "The documents of a public dataset."
-    import datasets, pyarrow
+    import datasets.exceptions, pyarrow
     def make(row):
         if hub.source == "pubmedqa": return pubmedqa_document(str(row.get("pubid", "")), row)
         return make_document(row, hub.source, hub.text, hub.id)
@@ -209,7 +212,7 @@ def pubmedqa_document(
     "One question of PubMedQA."
     if not isinstance(entry, dict): return Skip("no object")
     fields = {key.lower(): value for key, value in entry.items()}
-    context = fields.get("context") if isinstance(fields.get("context"), dict) else fields
+    context = inner if isinstance(inner := fields.get("context"), dict) else fields
     contexts, labels = context.get("contexts"), context.get("labels") or []
     question, answer = fields.get("question"), fields.get("final_decision") or None
     if not is_text(question): return Skip("no question")
@@ -233,7 +236,7 @@ def synthetic(
 # %% ../nbs/02c_documents.ipynb #51d84622
 def is_text(
     value: object,
-) -> bool:
+) -> TypeGuard[str]:
     "A text that is not empty and can be written as UTF-8."
     return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 

@@ -187,7 +187,6 @@ issues_e
 # %% ../nbs/03g_encyclopedia.ipynb #ed37d4e8
 _ARTICLES = Grammar(_VOICE + _LIVES + _LANDS + _NATURE + _WARS)
 _KINDS = [rule[: -len("_lead")] for rule in _ARTICLES.rules if rule.endswith("_lead")]
-_ARTICLES.alternatives(), _KINDS
 
 # %% ../nbs/03g_encyclopedia.ipynb #36fbe921
 _SINGLE = dict(first="givens", last="surnames", river="rivers", profession="professions", genre="genres", genus="genera", epithet="epithets",

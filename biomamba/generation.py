@@ -9,8 +9,9 @@ __all__ = ['Options', 'options_from', 'warpers', 'choose', 'row_generator', 'hel
 # %% ../nbs/06f_generation.ipynb #3ed20d06
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +36,15 @@ class Options:
 
 # %% ../nbs/06f_generation.ipynb #b8741bd2
 def options_from(
-    given: dict,  # fields of `Options`
+    given: dict[str, Any],  # fields of `Options`
 ) -> Options:
     "Checked options."
     names = [f.name for f in fields(Options)]
     unknown = next((name for name in given if name not in names), None)
     if unknown: raise UserError(f"there is no option {unknown}{did_you_mean(unknown, names)}; generation takes {', '.join(names)}")
     if isinstance(given.get("stop"), str): given = given | {"stop": (given["stop"],)}
-    o = Options(**given | {"stop": tuple(given.get("stop", ()))})
+    asked: dict[str, Any] = given | {"stop": tuple(given.get("stop", ()))}
+    o = Options(**asked)
     if o.max_new_tokens < 1: raise UserError(f"max_new_tokens is {o.max_new_tokens}; it must be at least 1")
     if o.batch_size < 1: raise UserError(f"batch_size is {o.batch_size}; it must be at least 1")
     if not o.temperature >= 0: raise UserError(f"temperature is {o.temperature}; it must be 0 (the most likely token) or more")
@@ -56,10 +58,10 @@ def warpers(
     o: Options,
 ) -> LogitsProcessorList:
     "transformers' warpers of the distribution."
-    steps = [TemperatureLogitsWarper(float(o.temperature))]
+    steps = LogitsProcessorList([TemperatureLogitsWarper(float(o.temperature))])
     if o.top_k is not None: steps.append(TopKLogitsWarper(o.top_k))
     if o.top_p is not None: steps.append(TopPLogitsWarper(float(o.top_p)))
-    return LogitsProcessorList(steps)
+    return steps
 
 # %% ../nbs/06f_generation.ipynb #5914cd6b
 @torch.inference_mode()
@@ -67,12 +69,12 @@ def choose(
     logits: Tensor,        # (rows, V)
     suppressed: Tensor,    # ids that are never chosen
     o: Options,
-    generators: list[torch.Generator | None],  # one a row; None where nobody waits for the row
+    generators: Sequence[torch.Generator | None],  # one a row; None where nobody waits for the row
 ) -> list[int]:
     "The next token of every row."
     if len(suppressed): logits = logits.index_fill(1, suppressed, -torch.inf)
     if o.temperature == 0: return logits.argmax(-1).tolist()
-    cumulated = warpers(o)(None, logits.float()).double().softmax(-1).cumsum(-1)
+    cumulated = warpers(o)(None, logits.float()).double().softmax(-1).cumsum(-1)  # pyright: ignore[reportArgumentType] these warpers read no ids
     uniform = torch.cat([torch.rand(1, 1, generator=g) for g in generators]).to(cumulated)
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1).tolist()
 
@@ -242,11 +244,12 @@ def generate(
     "Write a completion for every prompt."
     if isinstance(prompts, str): raise UserError("prompts is one string; give a list of prompts, or use stream for one")
     if not prompts: return []
-    queue, done = _queue(model, tokenizer, prompts, options_from(options)), [None] * len(prompts)
+    queue = _queue(model, tokenizer, prompts, options_from(options))
+    done: dict[int, Completion] = {}
     with progress(total=len(prompts), desc="writing", unit="text") as bar:
         for w, _ in written(queue):
             if w.completion is not None: done[w.number] = w.completion; bar.update()
-    return done
+    return [done[number] for number in range(len(prompts))]
 
 # %% ../nbs/06f_generation.ipynb #85980a16
 def stream(

@@ -10,13 +10,13 @@ __all__ = ['logger', 'EOS', 'PAD', 'BACKBONE', 'mamba2_config', 'Kernels', 'cuda
 # %% ../nbs/06b_mamba2.ipynb #41964893
 import functools, logging, math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import Mamba2Config, Mamba2ForCausalLM
-from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
 from .guards import refuse_upload
 from .runs import Recipe, UserError, mark_restricted
 from .ssd import causal_conv, chunk_scan, scan_step, step_sizes
@@ -97,14 +97,14 @@ class GatedNorm(torch.autograd.Function):
         (x, gate, weight), group = ctx.saved_tensors, ctx.group
         with torch.autocast(x.device.type, enabled=False):
             z = None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32))
-            a = None if gate is None else F.silu(z)
+            a = None if z is None else F.silu(z)
             n, r = _normalize(x, a, ctx.eps, group)
             dout, w = dout.to(n.dtype).unflatten(-1, (-1, group)), weight.to(n.dtype).view(-1, group)
             t = dout * n
             mean = torch.linalg.vecdot(t, w).unsqueeze(-1).div_(group)
             dg = torch.mul(dout, w).sub_(n.mul_(mean)).mul_(r).flatten(-2)
             dw = t.flatten(-2).flatten(0, -2).sum(0).to(weight.dtype)
-            if gate is None: return dg.to(x.dtype), None, dw, None, None
+            if gate is None or a is None: return dg.to(x.dtype), None, dw, None, None
             dgate = torch.ops.aten.silu_backward(torch.mul(dg, x, out=t.flatten(-2)), z)
             return dg.mul_(a).to(x.dtype), dgate.to(gate.dtype), dw, None, None
 
@@ -207,11 +207,10 @@ def _mix(
     if state is not None and x.shape[1] == 1:
         dt = step_sizes(dt[:, 0], mixer.dt_bias, True, mixer.time_step_limit)
         return scan_step(state, x[:, 0], dt, A, B[:, 0], C[:, 0], mixer.D).flatten(1)[:, None]
-    y = scan(x, dt, A, B, C, mixer.chunk_size, seq_idx, D=mixer.D, dt_bias=mixer.dt_bias, dt_limit=tuple(mixer.time_step_limit),
-             initial_states=state, return_final_states=cache is not None)
-    if cache is not None:
-        y, state = y
-        cache.update_recurrent_state(state, mixer.layer_idx)
+    found = scan(x, dt, A, B, C, mixer.chunk_size, seq_idx, D=mixer.D, dt_bias=mixer.dt_bias, dt_limit=tuple(mixer.time_step_limit),
+                 initial_states=state, return_final_states=cache is not None)
+    y, state = found if isinstance(found, tuple) else (found, None)
+    if cache is not None: cache.update_recurrent_state(state, mixer.layer_idx)
     return y.flatten(2)
 
 # %% ../nbs/06b_mamba2.ipynb #479f0eb2
@@ -290,7 +289,7 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         if ctx.formed: return *(v * grad for v in ctx.saved_tensors), None, None, None
-        _, dh, dw = _losses_and_gradients(*ctx.saved_tensors, grad[:, None], ctx.dtype)
+        _, dh, dw = _losses_and_gradients(*ctx.saved_tensors, scale=grad[:, None], dtype=ctx.dtype)
         return dh, dw, None, None, None
 
 # %% ../nbs/06b_mamba2.ipynb #76f613b6
@@ -331,7 +330,7 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
-        for layer in self.backbone.layers: layer.mixer.__class__, layer.norm.__class__ = BioMambaMixer, BioMambaRMSNorm
+        for layer in cast(list[Mamba2Block], self.backbone.layers): layer.mixer.__class__, layer.norm.__class__ = BioMambaMixer, BioMambaRMSNorm
         self.backbone.norm_f.__class__ = BioMambaRMSNorm
 
     def forward(
@@ -343,7 +342,7 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
         logits_to_keep: int | Tensor = 0,  # 0: all; n: of the last n positions; or positions
         use_cache: bool | None = None,     # return the state after the last token
         return_dict: bool | None = None, **kwargs,  # kwargs: those of BACKBONE
-    ) -> Mamba2CausalLMOutput:
+    ) -> Mamba2CausalLMOutput | tuple:
         "Logits, or with targets or labels the loss alone."
         if labels is not None: targets = _shifted(labels, seq_idx)
         if targets is not None and use_cache is None: use_cache = False

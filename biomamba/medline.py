@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
-from lxml import etree
+import lxml.etree as etree
 
 from .records import MIB, BrokenFile, Document, Skip, chunks
 from .runs import UserError, progress
@@ -125,6 +126,7 @@ def with_namespaces(
     "A record with the namespaces that its set declares."
     if b"xmlns" not in opened: return piece
     tag, declared = START.match(piece), re.findall(rb"""\sxmlns:\w+\s*=\s*(?:"[^"]*"|'[^']*')""", opened)
+    assert tag, "a record begins with its tag"
     return piece[:tag.end()] + b"".join(declared) + piece[tag.end():]
 
 # %% ../nbs/02b_medline.ipynb #0121f012
@@ -319,6 +321,7 @@ class Revisions:
     blocks: dict[int, array] = field(default_factory=dict)   # PMID // BLOCK → number of the file that counts, from 1; 0: never seen
     versions: dict[int, int] = field(default_factory=dict)   # PMID → version that counts, where it is not 1
     turns: dict[int, int] = field(default_factory=dict)      # PMID → which of its records in the file counts, where not the first
+    see: ClassVar[Callable[..., Any]]; delete: ClassVar[Callable[..., Any]]; outdated: ClassVar[Callable[..., Any]]   # in the next cell
 
     def last(self, pmid: int) -> int:
         block = self.blocks.get(pmid // BLOCK)

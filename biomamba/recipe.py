@@ -10,7 +10,9 @@ __all__ = ['POSITIVE', 'RATIOS', 'CHOICES', 'TRACKERS', 'TINY', 'VARIANTS', 'PLA
 
 # %% ../nbs/01a_recipe.ipynb #02385483
 import dataclasses, difflib, math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 from tqdm.std import tqdm
 
@@ -113,7 +115,7 @@ def check_recipe(
 ) -> None:
     "Raise `UserError` for the first field whose value a run could not use."
     def refuse(name, accepted): raise UserError(f"{name}={getattr(recipe, name)!r} in the recipe; {accepted} is accepted")
-    def number(value, kinds=(int, float)): return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    def number(value, kinds=(int, float)) -> TypeGuard[float]: return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     floats = ("learning_rate", "clip")
     for name in POSITIVE:
         value = getattr(recipe, name)
@@ -163,7 +165,7 @@ def check_units(
 def check_machine(
     recipe: Recipe,
     refuse,  # (field, what is accepted) raises
-    number,  # (value, kinds) → whether it is a number
+    number: Callable[..., TypeGuard[float]],  # (value, kinds) → whether it is a number
 ) -> None:
     "Raise `UserError` for fields that cannot go together or that name what this package does not have."
     batch = recipe.device_batch
@@ -228,8 +230,8 @@ def recipe(
     for name in overrides:
         if name not in names: raise UserError(f"{name!r} is no field of a recipe{did_you_mean(name, names)}; the fields are {', '.join(names)}")
     if variant is not None and variant not in VARIANTS: raise UserError(f"variant={variant!r} in the recipe; {', '.join(VARIANTS)} or None is accepted")
-    overrides = VARIANTS.get(variant, {}) | overrides
-    row = published("130m" if scale == "tiny" else scale) | {"scale": scale}
+    if variant is not None: overrides = VARIANTS[variant] | overrides
+    row: dict[str, Any] = published("130m" if scale == "tiny" else scale) | {"scale": scale}
     row |= {"mixture": shares(row["mixture"]), "sequences": possible_sequences()[0]}
     row = row | TINY if scale == "tiny" else row
     row |= total_of(row, overrides)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Any, ClassVar
 
 import zstandard
 from isal import isal_zlib
@@ -57,6 +58,7 @@ class ReadReport:
     ignored: list[str] = field(default_factory=list)          # files of no known format
     position: tuple[str, int] | None = None                   # (file, record) of the document given last
     listed: int = 1000                                        # how many corrupt records are listed
+    take: ClassVar[Callable[..., Any]]; _repr_markdown_: ClassVar[Callable[..., Any]]   # in the cells below
 
     @property
     def present(self) -> int: return sum(sum(counter.values()) for counter in self.counts.values())
@@ -144,7 +146,7 @@ def chunks(
             packed = next((kind for magic, kind in MAGIC.items() if raw.peek(4).startswith(magic)), None)
             if packed and suffix not in OPENERS: raise BrokenFile(f"is compressed; a name that ends in {packed} is accepted")
             yield from OPENERS.get(suffix, plain)(raw)
-    except (EOFError, isal_zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, isal_zlib.error, zstandard.ZstdError) as error:  # pyright: ignore[reportGeneralTypeIssues] isal's stub makes its error an instance
         raise BrokenFile(f"is damaged or was cut off ({error})") from None
     except OSError as error: raise BrokenFile(f"cannot be read ({error.strerror or error})") from None
 
@@ -305,7 +307,7 @@ ACCEPTED = ".jsonl, .json (a record per line), .xml, .txt (each also with .gz or
 
 # %% ../nbs/02a_records.ipynb #ad361e0b
 def format_of(
-    path: Path,
+    path: str | Path,
 ) -> str | None:  # "jsonl", "parquet", "xml", "txt"; None where the name tells nothing
     "The format that a file's name promises."
     found = FORMAT.search(Path(path).name)
@@ -403,7 +405,8 @@ def read_file(
     try:
         for position, item in items:
             if position <= start: continue
-            if report.take(name, position, item): yield item
+            report.take(name, position, item)
+            if isinstance(item, Document): yield item
             elif report.corrupt > 100: check_share(report, max_bad, tolerated=100)
     except BrokenFile as error: raise UserError(f"{name} {error}; {count['read']:,} documents of it were read") from None
     if count.total() and count.total() == report.corrupt - corrupt:

@@ -12,12 +12,13 @@ __all__ = ['TELEMETRY', 'fingerprint', 'project_root', 'resolve', 'cache_dir', '
 
 # %% ../nbs/01b_runs.ipynb #e3d39569
 import ast, contextlib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, sys, tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-import biomamba
+from . import __file__ as library, __version__
 from .recipe import Recipe, UserError, base_recipe, check_mixture, check_recipe, deciding, did_you_mean, ema_decay, machine_settings, mixture_fields, progress, recipe, steps_of
 
 # %% ../nbs/01b_runs.ipynb #9e40d9fc
@@ -141,6 +142,8 @@ def check_run_dir(
 # %% ../nbs/01b_runs.ipynb #eabb2044
 class Run:
     "A run folder: who it belongs to, what it has logged, what came out."
+    results: Any; metrics: Any; private: Any   # properties, and the methods beside them: in the cells below
+    finish: Callable[..., Any]; log: Callable[..., Any]; rewind: Callable[..., Any]; lock: Callable[..., Any]
 
     def __init__(self,
         folder: str | os.PathLike,  # made when it is not there; relative to the project
@@ -261,10 +264,11 @@ def mark_restricted(
     reason: str,   # which source, under which terms
 ) -> None:
     "Mark a folder: what it holds derives from restricted text, and only its owner may enter it."
-    folder, reason = Path(folder), all_reasons(restricted(folder), reason)
+    folder, reasons = Path(folder), all_reasons(restricted(folder), reason)
+    assert reasons, "a mark says why"
     try: folder.mkdir(mode=0o700, parents=True, exist_ok=True); folder.chmod(0o700)
     except PermissionError: raise UserError(f"{folder} holds restricted text and cannot be closed to others; a folder of your own is accepted") from None
-    write_atomic(folder / "RESTRICTED", reason.replace("; ", "\n") + "\n")
+    write_atomic(folder / "RESTRICTED", reasons.replace("; ", "\n") + "\n")
     stop_telemetry()
 
 # %% ../nbs/01b_runs.ipynb #e7110864
@@ -431,8 +435,8 @@ def environment() -> dict:  # gpu, driver, cuda, os, python, torch, mamba_ssm, t
 # %% ../nbs/01b_runs.ipynb #c6be8592
 def code_version() -> dict:  # biomamba, commit (None outside a checkout; "+" behind it: with changes)
     "The library's version and, in a checkout of it, its commit."
-    checkout, git = Path(biomamba.__file__).resolve().parent.parent, shutil.which("git")
-    version = {"biomamba": biomamba.__version__, "commit": None}
+    checkout, git = Path(library).resolve().parent.parent, shutil.which("git")
+    version = {"biomamba": __version__, "commit": None}
     if not git or not (checkout / ".git").exists(): return version
     ask = lambda *words: subprocess.run([git, *words], cwd=checkout, capture_output=True, text=True).stdout.strip()
     changed = ask("status", "--porcelain", "--untracked-files=no")

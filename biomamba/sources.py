@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,9 @@ class Source:
 
     def read(self, scratch: Path | None = None) -> Iterator[Document]:
         "All documents, in order."
-        if self.prepare: self.prepare(scratch)
+        if self.prepare:
+            assert scratch, "what is known of all shards is left in a folder"
+            self.prepare(scratch)
         return itertools.chain.from_iterable(shard(scratch, ReadReport()) for shard in self.shards)
 
 # %% ../nbs/04e_sources.ipynb #5027652b
@@ -129,7 +132,7 @@ def save_revisions(
 ) -> None:
     "Write which record of each PMID counts, as arrays."
     numbers = sorted(revisions.blocks)
-    pairs = {name: np.array(sorted(getattr(revisions, name).items()), np.int64).reshape(-1, 2) for name in ("versions", "turns")}
+    pairs: dict[str, Any] = {name: np.array(sorted(getattr(revisions, name).items()), np.int64).reshape(-1, 2) for name in ("versions", "turns")}
     blocks = np.array([revisions.blocks[n] for n in numbers], np.uint16).reshape(-1, BLOCK)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part := path.with_suffix(".part"), "wb") as file: np.savez(file, numbers=np.array(numbers, np.int64), blocks=blocks, **pairs)

@@ -8,6 +8,7 @@ __all__ = ['FORGOTTEN', 'recurrence', 'allowed_pairs', 'decay_matrix', 'whole_ma
            'scan_step', 'CausalConv', 'causal_conv']
 
 # %% ../nbs/06a_ssd.ipynb #46293f36
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def _decayed(
     log: Tensor,  # log decays, overwritten
 ) -> Tensor:      # decays, 0 below e^FORGOTTEN
     "e to the log decays, without the denormal numbers on which a processor takes ten times as long."
-    return F.threshold_(log, FORGOTTEN, -torch.inf).exp_()
+    return torch.threshold_(log, FORGOTTEN, -torch.inf).exp_()
 
 # %% ../nbs/06a_ssd.ipynb #05e96e92
 def decay_matrix(
@@ -309,7 +310,7 @@ def step_sizes(
     dt: Tensor,                       # (batch, T, H), as projected
     dt_bias: Tensor | None = None,    # (H)
     dt_softplus: bool = False,        # log(1 + exp(dt)) makes it positive
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    dt_limit: Sequence[float] = (0.0, float("inf")),
 ) -> Tensor:                          # (batch, T, H), at least fp32
     "The step size Δ as it multiplies."
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
@@ -483,7 +484,7 @@ class CausalConv(torch.autograd.Function):
             wide = slice(k.start, k.stop + taps - 1)  # the tokens that read these inputs
             past = _with_past(x, slice(k.start, min(wide.stop, T)), taps, window, w.dtype)
             masks = None if same is None else same[:, :, wide]
-            dz = torch.ops.aten.silu_backward(dy[:, wide], _conv_sum(past, w, bias, None if same is None else masks[:, :, :past.shape[1] - taps + 1]))
+            dz = torch.ops.aten.silu_backward(dy[:, wide], _conv_sum(past, w, bias, None if masks is None else masks[:, :, :past.shape[1] - taps + 1]))
             dz = F.pad(dz, (0, 0, 0, wide.stop - k.start - dz.shape[1]))
             dx[:, k] = _conv_backward(dz, past, w, masks, dw)
             if bias is not None: db += dz[:, :k.stop - k.start].sum((0, 1))

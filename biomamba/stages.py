@@ -9,9 +9,10 @@ __all__ = ['TOGETHER', 'Work', 'open_shard', 'Keep', 'filters', 'exact_task', 'n
 # %% ../nbs/04h_stages.ipynb #f8bacb19
 import dataclasses, functools, hashlib, json, os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +35,12 @@ class Work:
     steps: Steps
     base: bool                 # whether a part for a base model is set apart
     engine: Engine = Engine()
+    # The stages, in the cells below.
+    read: ClassVar[Callable[..., Any]]; find_duplicates: ClassVar[Callable[..., Any]]; decontaminate: ClassVar[Callable[..., Any]]; hold_out: ClassVar[Callable[..., Any]]
+    tokenize: ClassVar[Callable[..., Any]]; left: ClassVar[Callable[..., Any]]; documents: ClassVar[Callable[..., Any]]; training_texts: ClassVar[Callable[..., Any]]
+    # What they found, in the next room.
+    parameters: ClassVar[Any]; removed: ClassVar[Callable[..., Any]]; names: ClassVar[Callable[..., Any]]; counts: ClassVar[Callable[..., Any]]
+    held_out: ClassVar[Callable[..., Any]]; describe: ClassVar[Callable[..., Any]]; write_parts: ClassVar[Callable[..., Any]]
 
     @property
     def order(self) -> list[str]: return sorted(self.sources, key=lambda name: (name != "pubmed", name))
@@ -85,7 +92,7 @@ class Keep:
         for kind, values in joined.items(): np.save(path(kind), in_order(values) if kind == "keys" else values)
         yield from ()
 
-    def take(self, documents: list[Document], found: dict[str, list], signatures) -> "pyarrow.Table":
+    def take(self, documents: list[Document], found: dict[str, list], signatures):  # -> pyarrow.Table
         "Hash a batch and give it as a table."
         import pyarrow as pa
         keys = keys_of(documents)
@@ -133,6 +140,7 @@ def near_task(work: Work, task: int) -> None:
     signatures = [np.memmap(path, "<u4", "r").reshape(-1, HASHES) if (path := work.path("signatures", rank, "u4")).stat().st_size else
                   np.zeros((0, HASHES), np.uint32) for rank in range(len(work.shards))]
     gone, bands = np.load(work.folder / "exact.npy")["position"], work.load("bands")
+    assert work.steps.jaccard is not None, "without a similarity there is no such task"
     found = [near_copies([b[band] for b in bands], signatures, gone, part, work.ranges, work.steps.jaccard) for band in range(first, first + TOGETHER)]
     write_array(work.path("near", task), np.concatenate(found))
 
@@ -175,7 +183,8 @@ def _left(self,
 
 def _documents(self, rank: int, rows: np.ndarray) -> Iterator[Document]:
     "Documents of a shard, by rows."
-    source, table = self.shards[rank][0], read_stream(self.path("texts", rank, "arrow")) if len(rows) else None
+    if not len(rows): return
+    source, table = self.shards[rank][0], read_stream(self.path("texts", rank, "arrow"))
     for some in batches(rows.tolist()):
         taken = table.take(some)
         for id, text in zip(taken["id"].to_pylist(), taken["text"].to_pylist()): yield Document(id, text, source)
