@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class Job:
     collection: Path   # folder of the collection
     recipe: Recipe
     documents: int     # of each source that are scored, at most
+    finished: ClassVar[Any]   # a property; follows below
 
 @dataclass(frozen=True)
 class Ablation:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 # %% ../nbs/40b_audit.ipynb #82a449dd
 from .paper import SCALES, Table, table
@@ -75,7 +76,7 @@ def accuracy_interval(
 ARM_LOOKS = {"base+sft": dict(color="#D55E00", marker="s", label="fine-tuned base"),
              "adapted+sft": dict(color="#0072B2", marker="o", label="fine-tuned BioMamba")}
 
-def accuracy_figure() -> plt.Figure:
+def accuracy_figure() -> Figure:
     "The published accuracies of both arms, each with Wilson's 95 % interval."
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
@@ -163,7 +164,7 @@ def published_tables(
 ) -> list[tuple[int, int, int]]:  # right yes, right no, maybe answered yes
     "The tables of answers that one PubMedQA row can come from; with unanswered questions, the last number is a lower bound."
     classes = (qa_score("PubMedQA", f"{answer} F1", scale, arm) for answer in ("yes", "no"))
-    found = confusion_tables(PUBMEDQA_GOLD, correct_answers("PubMedQA", scale, arm), *classes, unanswered)
+    found = confusion_tables(PUBMEDQA_GOLD, correct_answers("PubMedQA", scale, arm), *classes, unanswered=unanswered)
     return [(y, n, max(0, said - y - (PUBMEDQA_GOLD[1] - n))) for y, n, said in found]
 
 # %% ../nbs/40b_audit.ipynb #cb7d2e02
@@ -178,12 +179,12 @@ def least_unanswered(
 def possible_yes() -> list[int]:  # questions
     "How many of BioASQ's 82 questions can have the answer yes, so that all ten rows fit."
     items = ITEMS["BioASQ"]
-    rows = [(correct_answers("BioASQ", scale, arm), *(qa_score("BioASQ", f"{answer} F1", scale, arm) for answer in ("yes", "no")))
+    rows = [(correct_answers("BioASQ", scale, arm), qa_score("BioASQ", "yes F1", scale, arm), qa_score("BioASQ", "no F1", scale, arm))
             for scale in SCALES for arm in ARMS[1:]]
     return [yes for yes in range(1, items) if all(confusion_tables((yes, items - yes, 0), *row) for row in rows)]
 
 # %% ../nbs/40b_audit.ipynb #238b5c77
-def outside_figure() -> plt.Figure:
+def outside_figure() -> Figure:
     "What each PubMedQA row says about the questions and answers that are neither yes nor no."
     with style():
         figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -232,7 +233,7 @@ def odd_rows() -> dict[str, dict[str, float]]:  # configuration → source → r
     return {name: found for name, found in odd.items() if found}
 
 # %% ../nbs/40b_audit.ipynb #df54e6d7
-def mixture_figure() -> plt.Figure:
+def mixture_figure() -> Figure:
     "Distance of each mixture's perplexity from its group's median."
     names = list(mixture_scores("PubMed"))
     with style():

@@ -9,6 +9,7 @@ __all__ = ['Cell', 'SOURCES', 'MACHINE_ROWS', 'SHARED_ROWS', 'SCALE_ROWS', 'Line
 
 # %% ../nbs/40j_beside.ipynb #b53ca65f
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .found import KINDS, Found, of_kind, scales_of
@@ -48,6 +49,7 @@ def difference(
     if ours is None: return ""
     if paper is None: return "not in this table"
     if isinstance(ours, str) or isinstance(paper, str): return "same" if shown(ours) == shown(paper) else "differs"
+    assert not isinstance(paper, Interval), "the paper's cells are numbers"
     value = (ours.estimate if isinstance(ours, Interval) else ours) - paper
     places = 0 if isinstance(ours, int) and isinstance(paper, int) else 2 if line.decimals is None else line.decimals
     apart = ("" if not isinstance(ours, Interval) else ", outside" if ours.excludes(paper) else ", inside")
@@ -59,7 +61,7 @@ def lines_for(
     row: str,
     measure: str,
     paper: Cell,
-    values: dict[str, Cell],   # run → figure; None: it has none
+    values: Mapping[str, Cell],   # run → figure; None: it has none
     need: str,
     decimals: int | None = 2,
 ) -> list[Line]:

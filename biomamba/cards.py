@@ -10,6 +10,7 @@ __all__ = ['HUB_NAME', 'RECIPE_ROWS', 'CARD', 'LICENCES', 'about_run', 'licence_
 # %% ../nbs/42_cards.ipynb #6107c5f5
 import json, re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -57,7 +58,7 @@ def front_matter(
     "The top of a card, by the hub's own library."
     base, task = str(about.get("model", "")), about.get("fine_tuning", {}).get("task")
     tags = ["mamba2", "biomamba", "biomedical", "supervised-fine-tuning" if task else "continued-pretraining", *(["restricted"] if about["restricted"] else [])]
-    named = dict(license_name="restricted-text") if about["restricted"] else {}
+    named: dict[str, Any] = dict(license_name="restricted-text") if about["restricted"] else {}
     evals = eval_results(about["results"])
     data = ModelCardData(language="en", license=licence_of(about), library_name="transformers", pipeline_tag="text-generation", tags=tags, model_name=title_of(about) if evals else None,
                          base_model=base if HUB_NAME.fullmatch(base) else None, eval_results=evals or None, **named)
@@ -85,7 +86,7 @@ def data_section(
     if "mixture" not in manifest:
         sides = ", ".join(f"{manifest[side]['examples']:,} for {what} ({manifest[side]['supervised_tokens']:,} supervised tokens)" for side, what in (("train", "training"), ("validation", "validation")) if side in manifest)
         return f"Examples with the fingerprint `{manifest.get('fingerprint', 'unknown')}`: {sides}."
-    rows = tuple((NAMES.get(s, s), origin_text(manifest["sources"].get(s, {}).get("origin", {})), f"{m['sequences']:,}", f"{m['share_of_sequences']:.1%}", f"{m['share_of_tokens']:.1%}") for s, m in manifest["mixture"].items())
+    rows = tuple((str(NAMES.get(s, s)), origin_text(manifest["sources"].get(s, {}).get("origin", {})), f"{m['sequences']:,}", f"{m['share_of_sequences']:.1%}", f"{m['share_of_tokens']:.1%}") for s, m in manifest["mixture"].items())
     against = ", ".join(manifest.get("decontaminated_against") or {}) or "no evaluation set"
     return (f"Corpus `{manifest['fingerprint']}`, decontaminated against {against}; test and validation documents were held out by the hash of their ids before anything was mixed.\n\n"
             + Grid(("source", "from", "sequences", "share of sequences", "share of tokens"), rows)._repr_markdown_().rstrip())

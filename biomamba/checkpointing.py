@@ -48,7 +48,7 @@ def whole(
     keep: bool = True,     # False: this process only gives its part
 ) -> torch.Tensor | None:  # on the CPU
     "A tensor with all its parts."
-    parts = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    parts = getattr(tensor, "full_tensor", lambda: tensor)()
     return parts.detach().contiguous().cpu() if keep else None
 
 # %% ../nbs/09b_checkpointing.ipynb #dc9b3928
@@ -225,5 +225,6 @@ def like(
 ) -> torch.Tensor:
     "A tensor spread over the processes as a parameter is."
     if not hasattr(parameter, "device_mesh"): return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    assert isinstance(parameter, DTensor), "only a DTensor has a mesh"
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -10,6 +10,7 @@ __all__ = ['MEASURES', 'PRINTED_INTERVALS', 'perplexity_claims', 'context_claims
 
 # %% ../nbs/40c_claims.ipynb #4b0ff16d
 import math
+from collections.abc import Callable
 from statistics import mean
 
 # %% ../nbs/40c_claims.ipynb #c9e5d501
@@ -28,8 +29,8 @@ def _signed(
 
 # %% ../nbs/40c_claims.ipynb #5b5cf93f
 def _each(
-    values,              # one for each scale, smallest first
-    show=str,            # of one value
+    values,                          # one for each scale, smallest first
+    show: Callable[..., str] = str,  # of one value
 ) -> str:
     "Values with the names of their scales."
     return ", ".join(f"{scale} {show(value)}" for scale, value in zip(SCALES, values))
@@ -156,7 +157,7 @@ def rouge_claims() -> list[Finding]:
     "Abstract and Sections 3.2 and 4.4, on the arms of Table 4."
     gains = {(scale, *m): gain for scale in CLINICAL_SCALES for m, gain in rouge_gains(scale).items()}
     signs = [sum(gain > 0 for gain in gains.values()), sum(gain == 0 for gain in gains.values()), sum(gain < 0 for gain in gains.values())]
-    pair = lambda s, *m: f"{_two(clinical_score(*m, s, 'adapted+sft'))} against {_two(clinical_score(*m, s, 'base+sft'))}"
+    pair = lambda s, *m: f"{_two(clinical_score(*m, scale=s, arm='adapted+sft'))} against {_two(clinical_score(*m, scale=s, arm='base+sft'))}"
     lower = ", ".join(f"{' '.join(place)} ({pair(*place)})" for place, gain in gains.items() if gain < 0)
     ratios = [clinical_score(*m, s, arm) / clinical_score(*m, s, "base") for s in CLINICAL_SCALES for m in MEASURES for arm in ARMS[1:]]
     discharge = {measure: [gains[s, "discharge", measure] for s in CLINICAL_SCALES] for measure in ("R-1", "R-2", "R-L")}
@@ -167,8 +168,8 @@ def rouge_claims() -> list[Finding]:
                 f"Table 4: higher in {signs[0]}, equal in {signs[1]}, lower in {signs[2]}: {lower}", signs[2] == 0,
                 "the exception is a hundredth of a point; without scores by note neither it nor any gain can be tested"),
         Finding("the largest advantage is discharge R-1 at 130M, 9.74 against 8.79, +0.95", "3.2",
-                f"largest of {len(gains)}: {' '.join(max(gains, key=gains.get))}, {_signed(max(gains.values()), 2)}",
-                max(gains, key=gains.get) == ("130m", "discharge", "R-1") and max(gains.values()) == 0.95),
+                f"largest of {len(gains)}: {' '.join(max(gains, key=gains.__getitem__))}, {_signed(max(gains.values()), 2)}",
+                max(gains, key=gains.__getitem__) == ("130m", "discharge", "R-1") and max(gains.values()) == 0.95),
         Finding("the discharge advantage stays positive at all scales", "3.2",
                 "; ".join(f"{m}: {_each(v, lambda g: _signed(g, 2))}" for m, v in discharge.items()), min(discharge["R-1"]) > 0,
                 "true of R-1, which the sentence names; at 1.3B R-2 is lower and R-L equal")]

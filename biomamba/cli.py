@@ -11,6 +11,7 @@ import argparse, ast, contextlib, importlib, importlib.util, io, json, logging, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import biomamba
 from .runs import Recipe, UserError, check_processes, given, project_root, read_metrics, recipe_from, run_dir_for
@@ -122,7 +123,7 @@ def kind_of(
 def signature_of(
     source: str,   # of a module
     name: str,     # of a function in it
-) -> tuple[str, list[Option]]:  # docstring, options
+) -> tuple[str | None, list[Option]]:  # docstring, options
     "A function's docstring and those parameters that a command line can give."
     comments = {t.start[0]: t.string.strip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
     [node] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
@@ -132,7 +133,7 @@ def signature_of(
     for argument, default in zip(plain + named, defaults):
         kind, written = kind_of(argument.annotation), None if default is None else ast.unparse(default)
         assert kind or written is not None, f"{name} needs {argument.arg}, which no command line can express"
-        about = comments.get((default or argument).end_lineno, "")
+        about = comments.get((default or argument).end_lineno or 0, "")
         if kind: options.append(Option(argument.arg, kind, written, about, written is None and argument in plain))
     return ast.get_docstring(node), options
 
@@ -145,7 +146,7 @@ def add_options(
     for o in options:
         flag, about = "--" + o.name.replace("_", "-"), o.about.replace("%", "%%")
         if o.default not in (None, "None", "False", "True"): about += f" (default {o.default.strip(chr(39)).replace('%', '%%')})"
-        how = dict(nargs="+") if o.kind is list else dict(type=o.kind)
+        how: dict[str, Any] = dict(nargs="+") if o.kind is list else dict(type=o.kind)
         if o.positional: parser.add_argument(o.name, metavar=o.name.upper(), help=about, **how)
         elif o.kind is bool: parser.add_argument(flag, action=argparse.BooleanOptionalAction if o.default == "True" else "store_true", default=None, help=about)
         else: parser.add_argument(flag, default=None, required=o.default is None, help=about, **how)
@@ -158,10 +159,12 @@ FUNCTIONS = {"convert": "biomamba.conversion.convert", "corpus": "biomamba.build
 # %% ../nbs/90_cli.ipynb #3efb517f
 def options_of(
     function: str,   # its full name
-) -> tuple[str, list[Option]]:  # docstring, options
+) -> tuple[str | None, list[Option]]:  # docstring, options
     "Docstring and options of a function of the library, which is not imported."
     module, name = function.rsplit(".", 1)
-    return signature_of(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"), name)
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin, f"{module} is no module with a file"
+    return signature_of(Path(spec.origin).read_text(encoding="utf-8"), name)
 
 # %% ../nbs/90_cli.ipynb #d5128dbc
 @contextlib.contextmanager

@@ -139,8 +139,8 @@ def score_stage(
     "Let a model write what was not written yet, and score it."
     opened, scores = [], {}
     def write(some):
-        if public: return write_public(*(opened or [*open_public(str(model))]), some, MEASURED)
-        if not opened: opened.append(Decoder(load_model(model).to("cuda" if torch.cuda.is_available() else "cpu").eval()))
+        if public: return write_public(*(opened or [*open_public(str(model))]), items=some, max_new_tokens=MEASURED)
+        if not opened: opened.append(Decoder(load_model(model).to("cuda" if torch.cuda.is_available() else "cpu").eval()))  # pyright: ignore[reportArgumentType]
         return write_answers(opened[0], load_tokenizer(model), some, MEASURED)
     for task, some in (items or clinical.items).items():
         path = clinical.run.private / f"{name.replace('/', '-')}-{task}.jsonl"
@@ -220,7 +220,8 @@ def differences(
             a, b = ([run[task] for run in stages[name]] for name in (first, second))
             for kind, within in (("whole reference", False), ("first tokens", True)):
                 for m in ROUGES:
-                    seeds = [rouge_difference([x], [y], m, within).estimate for x, y in zip(a, b)] if len(a) == len(b) > 1 else []
+                    each = [rouge_difference([x], [y], m, within) for x, y in zip(a, b)] if len(a) == len(b) > 1 else []
+                    seeds = [i.estimate for i in each if i is not None]
                     found.append({"first": first, "second": second, "task": task, "reference": kind, "measure": m, "difference": plain(rouge_difference(a, b, m, within)), "by_seed": seeds})
     return found
 
@@ -241,4 +242,4 @@ def try_settings(
         rouge = {task: plain(mean_rouge(some, "ROUGE-1 F1")) for task, some in scores[-1].items()}
         rows.append({"learning_rate": row.learning_rate, "steps": summary["steps"], "validation_loss": summary["best_validation_loss"]["selection"], "rouge": rouge})
     found = {task: loss_against_rouge([row["validation_loss"] for row in rows], [s[task] for s in scores]) for task in items}
-    return {"settings": rows, "rank_correlation": {task: plain(i) | {"exact_p": exact_rank_p(i.estimate, len(rows))} for task, i in found.items()}}
+    return {"settings": rows, "rank_correlation": {task: {**(plain(i) or {}), "exact_p": exact_rank_p(i.estimate, len(rows))} for task, i in found.items()}}

@@ -11,6 +11,7 @@ import contextlib, json, math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Candidate:
     "A model that can be compared: its tokenizer is open, its weights are not."
     name: str
     folder: Path
-    tokenizer: object      # transformers'
+    tokenizer: Any         # transformers'
     start_id: int          # its first token
     window: int | None     # tokens that it can read at once, its first token included; None: any number
     mamba: bool            # opens as this package's own model
@@ -99,7 +100,7 @@ def open_model(
         with _quiet(): model, about = _opening(c.name, lambda: AutoModelForCausalLM.from_pretrained(c.folder, **options))
         absent = sorted(about["missing_keys"])
         if absent: raise UserError(f"{c.name} lacks {len(absent)} weights, the first is {absent[0]}; a folder with all weights of its model is accepted")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
 
 # %% ../nbs/08e_comparison.ipynb #b3a19ac9
 def encode(

@@ -33,8 +33,8 @@ class Metric:
 # %% ../nbs/20_metrics.ipynb #733fcf4a
 def item_values(
     metric: Metric,
-    golds: Sequence,   # what is true, item by item
-    givens: Sequence,  # what the system gave for the same items
+    golds: Sequence,                # what is true, item by item
+    givens: Sequence | np.ndarray,  # what the system gave for the same items
 ) -> list:
     "The value of each item."
     if len(golds) != len(givens): raise UserError(f"{metric.name} was asked for {len(golds)} true and {len(givens)} given answers; as many of one as of the other are accepted")
@@ -45,7 +45,7 @@ def item_values(
 def measure(
     metric: Metric,
     golds: Sequence,
-    givens: Sequence,
+    givens: Sequence | np.ndarray,
 ) -> float:
     "What a system reaches on all items."
     return float(metric.aggregate(item_values(metric, golds, givens)))
@@ -63,7 +63,7 @@ def f1(
     def aggregate(pairs):
         from sklearn.metrics import f1_score
         golds, givens = zip(*pairs)
-        return f1_score(golds, givens, labels=list(classes if of is None else (of,)), average="macro", zero_division=0)
+        return f1_score(golds, givens, labels=list(classes if of is None else (of,)), average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
     return Metric("macro-F1" if of is None else f"{of} F1", "higher", lambda gold, given: (gold, given), aggregate)
 
 # %% ../nbs/20_metrics.ipynb #0d03f1e0
@@ -109,7 +109,7 @@ def bootstrap_metric(
     if n < 2: raise UserError(f"{metric.name} has {n} item; an interval needs at least 2")
     drawn = [value(index) for index in generator.integers(0, n, size=(draws, n))]
     tail = (1 - level) / 2
-    return Interval(float(value(range(n))), *map(float, np.quantile(drawn, [tail, 1 - tail])), level, n)
+    return Interval(float(value(range(n))), *map(float, np.quantile(drawn, [tail, 1 - tail])), level=level, n=n)
 
 # %% ../nbs/20_metrics.ipynb #32fb3094
 @dataclass(frozen=True)
@@ -144,7 +144,10 @@ def holm(
 ) -> list[float]:
     "Holm's corrected p-values, in the same order."
     from statsmodels.stats.multitest import multipletests
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []
+    if not len(p_values): return []
+    corrected = multipletests(list(p_values), method="holm")[1]
+    assert corrected is not None, "Holm's method corrects every p-value"
+    return [float(p) for p in corrected]
 
 # %% ../nbs/20_metrics.ipynb #f44c9ed4
 def seed_interval(
@@ -153,10 +156,10 @@ def seed_interval(
 ) -> Interval:
     "The mean over runs with Student's interval."
     from statsmodels.stats.weightstats import DescrStatsW
-    values = np.asarray(values, float)
-    if len(values) < 2: raise UserError(f"the interval over {len(values)} runs was asked for; at least 2 are needed")
-    low, high = DescrStatsW(values).tconfint_mean(alpha=1 - level)
-    return Interval(float(values.mean()), float(low), float(high), level, len(values))
+    numbers = np.asarray(values, float)
+    if len(numbers) < 2: raise UserError(f"the interval over {len(numbers)} runs was asked for; at least 2 are needed")
+    low, high = DescrStatsW(numbers).tconfint_mean(alpha=1 - level)
+    return Interval(float(numbers.mean()), float(low), float(high), level, len(numbers))
 
 # %% ../nbs/20_metrics.ipynb #1d32b618
 def probabilities(
@@ -177,7 +180,7 @@ def brier(
 # %% ../nbs/20_metrics.ipynb #029bd478
 def confidences(
     golds: Sequence[str],
-    givens: np.ndarray,          # (n, classes) probabilities
+    givens: np.ndarray | Sequence,  # (n, classes) probabilities
     classes: tuple[str, ...],
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) probability of the answer, (n,) whether it is right
     "How sure a system was of each answer, and whether it was right."
@@ -225,7 +228,7 @@ def ece(
     def item(gold, given):
         [sure], [right] = confidences([gold], [given], classes)
         return float(sure), float(right)
-    return Metric("ECE", "lower", item, lambda values: calibration_error(*map(np.array, zip(*values)), bins))
+    return Metric("ECE", "lower", item, lambda values: calibration_error(*map(np.array, zip(*values)), bins=bins))
 
 # %% ../nbs/20_metrics.ipynb #dc3b7757
 def risk_coverage(

@@ -10,7 +10,7 @@ __all__ = ['SOURCES', 'GAIN', 'GENERAL', 'GOAL', 'FORMS', 'STEEPEST', 'STARTS', 
 
 # %% ../nbs/11a_mixing.ipynb #cdaac4fe
 import itertools, math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ def mixtures_asked(
 
 # %% ../nbs/11a_mixing.ipynb #12817cbf
 def _nats(
-    models: list[dict[str, Scores]],  # one a seed
-    base: list[dict[str, Scores]],    # none, one, or one a seed
+    models: list[dict[str, Scores]],    # one a seed
+    base: Sequence[dict[str, Scores]],  # none, one, or one a seed
     source: str,
 ) -> tuple[np.ndarray, np.ndarray]:  # (seeds, documents) nats, less the base's; (documents,) tokens
     "The losses of the documents that every model gives a finite loss."
@@ -70,7 +70,7 @@ def _nats(
 def mean_loss(
     models: list[dict[str, Scores]],  # of one mixture, one a seed
     weights: dict[str, float],        # source → weight of its loss
-    base: list[dict[str, Scores]] | tuple = (),  # none: the loss; one, or one a seed: the difference from it
+    base: Sequence[dict[str, Scores]] = (),  # none: the loss; one, or one a seed: the difference from it
     draws: int = 2000,
     seed: int = 0,                    # of the resampling
     level: float = 0.95,
@@ -150,7 +150,7 @@ def leave_one_out(
     others = [np.arange(len(x)) != i for i in range(len(x))]
     return np.array([y[i] - fit_law(form, x[kept], y[kept], starts)(x[i : i + 1])[0] for i, kept in enumerate(others)])
 
-def rms(errors: np.ndarray) -> float: return float(np.sqrt(np.mean(np.square(errors))))
+def rms(errors: np.ndarray | float) -> float: return float(np.sqrt(np.mean(np.square(errors))))
 
 # %% ../nbs/11a_mixing.ipynb #7c81a08a
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def propose(
     step: float = 0.025,
 ) -> dict[str, float]:  # source → share
     "The mixture with the lowest predicted goal among those that were not run."
-    points = [dict(zip(SOURCES, (1 - p.sum(), *p))) for p in grid_inside(law.x, step)]
+    points: list[dict[str, float]] = [dict(zip(SOURCES, (1 - p.sum(), *p))) for p in grid_inside(law.x, step)]
     best = min(points, key=lambda shares: law.predict(shares, goal).estimate)
     return {source: round(float(share), 9) for source, share in best.items()}
 

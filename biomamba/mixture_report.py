@@ -8,9 +8,12 @@ __all__ = ['ORDER', 'KINDS', 'published_changes', 'shares_text', 'mixture_table'
 
 # %% ../nbs/40h_mixture_report.ipynb #dda88152
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .mixing import GENERAL, SOURCES, leave_one_out, rms, table_mixtures
 from .paper import table
@@ -106,7 +109,7 @@ def dial_table(
                 f"{part.capitalize()} sets; changes of the perplexity, then nats per token; 95 % intervals over documents and seeds.")
 
 # %% ../nbs/40h_mixture_report.ipynb #f2f45e42
-KINDS = {"PubMed only": dict(marker="*", color="#000000"), "with C4": dict(marker="s", color="#D55E00"), "with Wikipedia": dict(marker="^", color="#009E73"), "with both": dict(marker="o", color="#0072B2")}
+KINDS: dict[str, dict[str, Any]] = {"PubMed only": dict(marker="*", color="#000000"), "with C4": dict(marker="s", color="#D55E00"), "with Wikipedia": dict(marker="^", color="#009E73"), "with both": dict(marker="o", color="#0072B2")}
 
 def kind_of(shares: dict[str, float]) -> str:
     "What a mixture adds to PubMed."
@@ -122,7 +125,7 @@ def short_name(shares: dict[str, float]) -> str:  # "10+20": percent of C4 + per
 
 # %% ../nbs/40h_mixture_report.ipynb #46f007cd
 def draw_mixtures(
-    axis: plt.Axes,
+    axis: Axes,
     results: dict,      # results.json
     part: str = "test",
 ) -> None:
@@ -130,7 +133,7 @@ def draw_mixtures(
     seen = set()
     for name, line in results["dial"].items():
         x, y = ([point[part][what]["value"] for point in line["points"]] for what in ("general", "gain"))
-        look = dict(linestyle="--", marker=".") if kind_of(results["mixtures"][name]["shares"]) == "PubMed only" else dict(linestyle=":", marker=".")
+        look: dict[str, Any] = dict(linestyle="--", marker=".") if kind_of(results["mixtures"][name]["shares"]) == "PubMed only" else dict(linestyle=":", marker=".")
         axis.plot(x, y, color="#888888", linewidth=1.1, label=f"dial from base to {name}", zorder=1, **look)
     for found in results["mixtures"].values():
         kind, spot = kind_of(found["shares"]), found[part]
@@ -143,7 +146,7 @@ def draw_mixtures(
               label=f"proposed by the law: {short_name(results['proposal']['shares'])}", zorder=4)
 
 # %% ../nbs/40h_mixture_report.ipynb #dd7c2f53
-def draw_published(axis: plt.Axes) -> None:
+def draw_published(axis: Axes) -> None:
     "Table 9's mixtures on one axis."
     mixtures = table_mixtures()
     for name, change in published_changes().items():
@@ -167,7 +170,7 @@ def frontier_title(
 def frontier(
     results: dict,      # results.json
     part: str = "test",
-) -> plt.Figure:
+) -> Figure:
     "PubMed gain against general loss, mixtures and dials; Table 9 beside."
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[2, 1], layout="constrained")

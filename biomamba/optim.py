@@ -90,7 +90,7 @@ def local(
     tensor: torch.Tensor,  # whole, or a DTensor
 ) -> torch.Tensor:  # this process's part
     "What this process holds of a tensor."
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return getattr(tensor, "to_local", lambda: tensor)()
 
 # %% ../nbs/07_optim.ipynb #55904a78
 class Average:
@@ -107,7 +107,7 @@ class Average:
     def update(self, model: torch.nn.Module) -> None:
         "Move the average towards the model's present weights; once per optimizer step."
         now = dict(model.named_parameters())
-        torch._foreach_lerp_([local(t) for t in self.shadow.values()], [local(now[name].detach()).float() for name in self.shadow], 1 - self.decay)
+        torch._foreach_lerp_([local(t) for t in self.shadow.values()], [local(now[name].detach()).float() for name in self.shadow], 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def applied(self, model: torch.nn.Module):

@@ -8,6 +8,8 @@ __all__ = ['MOST_NON_FINITE', 'Carried', 'loss_of', 'accumulate', 'take_step', '
 
 # %% ../nbs/09d_optimizer_step.ipynb #5566b3a9
 import contextlib, math, time
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -79,7 +81,7 @@ def take_step(
 ) -> dict:  # the line of metrics.jsonl
     "One optimizer step: gradients, clipping, AdamW, average."
     began, steps = time.perf_counter(), steps_of(recipe, len(corpus))
-    batches = step_batches(corpus, recipe, state.step, accelerator.process_index, accelerator.num_processes)
+    batches = step_batches(cast(Sequence, corpus), recipe, state.step, accelerator.process_index, accelerator.num_processes)
     loss, tokens, documents = accumulate(state, model, batches, recipe, accelerator)
     norm = norm_of(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
     rate = set_learning_rate(state.optimizer, state.step, steps, recipe)
@@ -94,10 +96,11 @@ def take_step(
 
 # %% ../nbs/09d_optimizer_step.ipynb #c8c66f47
 def norm_of(
-    norm: torch.Tensor,  # of the gradient; a DTensor where the weights are sharded
+    norm: torch.Tensor | None,  # of the gradient; a DTensor where the weights are sharded
 ) -> float:
     "The gradient's norm as a number."
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    assert norm is not None, "accelerate has no norm to give"
+    return float(getattr(norm, "full_tensor", lambda: norm)())
 
 def documents_of(
     corpus: Corpus,
@@ -122,7 +125,7 @@ def check_finite(
                     f"a learning_rate below {recipe.learning_rate:g}{', a lower clip or precision=fp32' if recipe.precision == 'bf16' else ' or a lower clip'} is accepted")
 
 # %% ../nbs/09d_optimizer_step.ipynb #ba3d84c3
-class Rows:
+class Rows(Sequence):
     "Some of the rows of a document table."
     def __init__(self, documents, rows): self.documents, self.rows = documents, list(rows)
     def __len__(self): return len(self.rows)

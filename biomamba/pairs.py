@@ -96,10 +96,10 @@ def examples_of(
         found = read_pubmedqa_set(path)[0] if kind == "pubmedqa" else read_bioasq_set(sorted(path.glob("*.json*")) if path.is_dir() else [path], "BioASQ")
         classes = YES_NO_MAYBE if any(q.answer == "maybe" for q in found.questions) else YES_NO
         sides = hold_out(found.questions, share)
-        return Data(*([qa_example(q, classes, tokenizer, max_tokens) for q in side] for side in sides[:2]), found.counts + sides[2], classes)
+        return Data(*([qa_example(q, classes, tokenizer, max_tokens) for q in side] for side in sides[:2]), left_out=found.counts + sides[2], classes=classes)
     *sides, counts = hold_out_pairs(read_pairs(path), share)
     make = lambda p: make_example(p.id, p.before, p.context, p.after, p.answer, tokenizer, max_tokens, least_context=1)
-    return Data(*([make(pair) for pair in side] for side in sides), counts)
+    return Data(*([make(pair) for pair in side] for side in sides), left_out=counts)
 
 # %% ../nbs/43_pairs.ipynb #4c64f320
 def sft(

@@ -17,6 +17,7 @@ import torch
 from .packing import best_fit, fill, inputs_and_targets
 from .runs import Recipe, UserError, progress
 from .statistics import Interval, bootstrap_ratio, paired_ratio_change
+from .storage import Tokens
 
 # %% ../nbs/08b_perplexity.ipynb #f9a912e9
 def scored_sequence(
@@ -82,8 +83,8 @@ def piecewise_losses(
 @torch.no_grad()
 def score(
     model: torch.nn.Module,       # takes input_ids, seq_idx, targets and reduction="none"
-    documents: Sequence,          # token arrays; may carry .bytes
-    recipe: Recipe,               # its max_tokens, micro_batch_tokens and precision
+    documents: Sequence | Tokens, # token arrays; may carry .bytes
+    recipe,                       # Recipe, or what has its max_tokens, micro_batch_tokens and precision
     window: int | None = None,    # score only that many tokens of each document
     desc: str = "scoring",
 ) -> Scores:
@@ -122,7 +123,7 @@ def document_losses(
 def _document_nats(
     model: torch.nn.Module,
     sequences: list[np.ndarray],  # from `scored_sequence`
-    recipe: Recipe,
+    recipe,                       # as `score` has it
     desc: str,
 ) -> np.ndarray:  # (documents,) nats, float64
     "The summed loss of each document."

@@ -9,9 +9,12 @@ __all__ = ['INK', 'PAPER', 'PLACES', 'ARROWS', 'PARTS', 'Rows', 'SERIES', 'workf
 
 # %% ../nbs/40l_pictures.ipynb #2679c4ab
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from .found import Found, of_kind, text_of
@@ -28,7 +31,7 @@ from .task_tables import BENCHMARKS
 INK, PAPER = "#333333", "#f7f7f7"
 
 def _box(
-    axis: plt.Axes,
+    axis: Axes,
     place: tuple[float, float, float, float],   # left, bottom, width, height, on the canvas
     title: str,
     text: str = "",
@@ -40,7 +43,7 @@ def _box(
     axis.text(left + width / 2, bottom + 1.4, text, ha="center", va="bottom", fontsize=7.5, linespacing=1.35)
 
 def _arrow(
-    axis: plt.Axes,
+    axis: Axes,
     start: tuple[float, float],
     end: tuple[float, float],
     bend: float = 0,
@@ -50,7 +53,7 @@ def _arrow(
     axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=INK, linewidth=1.1, linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}"))
 
 # %% ../nbs/40l_pictures.ipynb #97a4a47e
-def _texts(axis: plt.Axes, place: tuple[float, float, float, float]) -> None:
+def _texts(axis: Axes, place: tuple[float, float, float, float]) -> None:
     "Table 1's counts as bars."
     left, bottom, width, height = place
     rows = table(1).rows[:3]
@@ -60,7 +63,7 @@ def _texts(axis: plt.Axes, place: tuple[float, float, float, float]) -> None:
         axis.text(left + 7.4, y, name, ha="right", va="center", fontsize=7.5)
         axis.text(left + 8.6 + (width - 13) * thousands / rows[0][2], y, f"{thousands}K", va="center", fontsize=7.5)
 
-def _sizes(axis: plt.Axes, place: tuple[float, float, float, float]) -> None:
+def _sizes(axis: Axes, place: tuple[float, float, float, float]) -> None:
     "The published scales as discs whose area is their number of parameters."
     left, bottom, width, _ = place
     shapes = [published(scale) for scale in SCALES]
@@ -71,10 +74,11 @@ def _sizes(axis: plt.Axes, place: tuple[float, float, float, float]) -> None:
         axis.text(x, bottom + 1.2, scale, ha="center", va="bottom", fontsize=7.5)
 
 # %% ../nbs/40l_pictures.ipynb #496ba95d
-def _schedule(axis: plt.Axes, place: tuple[float, float, float, float]) -> None:
+def _schedule(axis: Axes, place: tuple[float, float, float, float]) -> None:
     "The learning rate over the run."
     left, bottom, width, height = place
     chosen = recipe("130m")
+    assert chosen.steps, "the published recipe states its steps"
     steps = np.linspace(0, chosen.steps - 1, 200).astype(int)
     factors = [learning_rate_factor(int(step), chosen.steps, chosen) for step in steps]
     x, y = left + 2 + (width - 4) * steps / chosen.steps, bottom + height - 10.2 + 5.6 * np.array(factors)
@@ -86,7 +90,7 @@ PLACES = {"texts": (0, 29, 27, 20), "held": (0, 8, 27, 10.5), "base": (33, 35, 2
           "perplexity": (84, 40.5, 16, 8.5), "questions": (84, 24, 16, 8.5), "notes": (84, 8, 16, 8.5)}
 ARROWS = (((27, 33), (33, 24), 0), ((13.5, 29), (13.5, 18.5), 0), ((46.5, 35), (46.5, 28), 0), ((60, 20), (66, 30), 0), ((76, 35.5), (84, 42.5), 0), ((79, 30), (84, 28.5), 0), ((76, 27), (84, 14), 0))
 
-def workflow_figure() -> plt.Figure:
+def workflow_figure() -> Figure:
     "From texts to answers, with the recipe's own numbers."
     recipes = [published(scale) for scale in SCALES]
     steps, decays = [p["steps"] for p in recipes], [p["layer_decay"] for p in recipes]
@@ -117,7 +121,7 @@ def memory_settings(scale: str) -> dict[str, dict[str, float]]:  # setting → p
     return {"published": memory_parts(recipe(scale, micro_batch_tokens=padded), logits_tokens=padded), "here": memory_parts(recipe(scale))}
 
 # %% ../nbs/40l_pictures.ipynb #0650eae6
-def memory_figure() -> plt.Figure:
+def memory_figure() -> Figure:
     "Predicted memory by part, as published and here, beside the published peak."
     found = {scale: memory_settings(scale) for scale in SCALES}
     shares = [sum(two["here"].values()) / sum(two["published"].values()) for two in found.values()]
@@ -159,14 +163,14 @@ def said(
     return f"{name} {up if more else down} in {more or less} of {n}"
 
 # %% ../nbs/40l_pictures.ipynb #3689b224
-SERIES = (dict(color="#0072B2", marker="o"), dict(color="#D55E00", marker="s"), dict(color="#009E73", marker="^"), dict(color="#CC79A7", marker="D"))
+SERIES: tuple[dict[str, Any], ...] = (dict(color="#0072B2", marker="o"), dict(color="#D55E00", marker="s"), dict(color="#009E73", marker="^"), dict(color="#CC79A7", marker="D"))
 
 def forest_figure(
     rows: Rows,
     series: list[str],
     xlabel: str,
     title: str,
-) -> plt.Figure:
+) -> Figure:
     "Changes by row and series, each with its interval where it has one."
     with style():
         figure, axis = plt.subplots(figsize=(7.6, 1.1 + 0.36 * len(rows)), layout="constrained")
@@ -202,7 +206,7 @@ def language_rows(
 
 def language_figure(
     runs: Iterable[Found],
-) -> plt.Figure:
+) -> Figure:
     "What continued pretraining did to the perplexity of each source."
     rows = language_rows(runs)
     title = f"{said(rows, 'pubmed')} runs, {said(rows, 'c4')}, {said(rows, 'wikipedia')}"
@@ -231,13 +235,13 @@ def note_rows(
     return rows
 
 # %% ../nbs/40l_pictures.ipynb #e01fe524
-def answers_figure(runs: Iterable[Found]) -> plt.Figure:
+def answers_figure(runs: Iterable[Found]) -> Figure:
     "What adaptation was worth in question answering."
     rows = answer_rows(runs)
     title = "Fine-tuned on questions, adapted against base: " + ", ".join(said(rows, b, "gains", "loses") for b in BENCHMARKS)
     return forest_figure(rows, list(BENCHMARKS), "points of accuracy, adapted − base; hollow: the paper, without intervals", title)
 
-def notes_figure(runs: Iterable[Found]) -> plt.Figure:
+def notes_figure(runs: Iterable[Found]) -> Figure:
     "What adaptation was worth on clinical notes."
     rows = note_rows(runs)
     title = "Fine-tuned on notes, adapted against base: " + ", ".join(said(rows, t, "gains", "loses") for t in ("completion", "discharge"))

@@ -27,7 +27,7 @@ def optimizer_steps(recipe: Recipe) -> int:
     "Optimizer steps of a run."
     if recipe.steps is None and recipe.sequences is None:
         raise UserError("The recipe has neither steps nor sequences; give one of them, or plan after the corpus is built.")
-    return steps_of(recipe, recipe.sequences)
+    return steps_of(recipe, recipe.sequences or 0)
 
 # %% ../nbs/09a_plan.ipynb #4bd2ebec
 def sequences_seen(recipe: Recipe) -> int:  # a sequence counts once per epoch
@@ -199,11 +199,12 @@ def step_seconds(
     "What one optimizer step takes when so many devices share it, computing and exchanging one after the other."
     busy = min(devices, recipe.sequences_per_step)
     tokens = recipe.sequences_per_step * mean_tokens(recipe) / busy
-    peak = (hardware.peak_tflops_bf16 if recipe.precision == "bf16" else hardware.peak_tflops_fp32) * 1e12 * utilization
+    peak = hardware.peak_tflops_bf16 if recipe.precision == "bf16" else hardware.peak_tflops_fp32
+    assert peak is not None, f"the peak of {hardware.name} is not known"
     passes = 3 * math.ceil(tokens / batch_tokens(recipe)) if recipe.sharding == "full" else 2
     sent = passes * 4 * parameters(recipe)["total"] * (devices - 1) / devices
     bandwidth = (inside_gb if devices <= per_machine else between_gb) * 1e9
-    return {"devices with work": busy, "tokens of each": round(tokens), "compute": training_flops(recipe, tokens) / peak, "exchange": sent / bandwidth}
+    return {"devices with work": busy, "tokens of each": round(tokens), "compute": training_flops(recipe, tokens) / (peak * 1e12 * utilization), "exchange": sent / bandwidth}
 
 # %% ../nbs/09a_plan.ipynb #327c5cb9
 def _average_warning(recipe: Recipe) -> list[str]:
@@ -334,5 +335,5 @@ def plan(
     warnings = (_average_warning(recipe) + _memory_warning(recipe, machine, devices) + _tokens_warning(recipe, tokens_per_document))
     given = set(recipe.mixture) <= set(tokens_per_document or {})
     return Plan(recipe, machine, devices, utilization, parameters(recipe)["total"], optimizer_steps(recipe), seen, tokens, padded,
-                flops, flops_padded, memory_parts(recipe, machine.kernels, devices=devices), *hours, tuple(warnings),
-                "Tokens per document as given" if given else TOKENS_ORIGIN)
+                flops, flops_padded, memory_parts(recipe, machine.kernels, devices=devices), *hours, warnings=tuple(warnings),
+                origin="Tokens per document as given" if given else TOKENS_ORIGIN)

@@ -10,8 +10,9 @@ __all__ = ['FORM', 'DIGITS', 'Canary', 'lines_of_form', 'make_canaries', 'plant'
 # %% ../nbs/33_privacy.ipynb #21be21c1
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -217,6 +218,7 @@ def more_than(
 @dataclass(frozen=True)
 class Audit:
     "What a model remembers, as far as it was asked."
+    _repr_markdown_: ClassVar[Callable[..., str]]   # follows below
     exposures: tuple[Exposure, ...]
     extraction: tuple[Extraction, ...] = ()   # training, held out
 

@@ -9,6 +9,7 @@ __all__ = ['SIGNALS', 'PATIENCE', 'PARENT', 'start_accelerator', 'total', 'shard
 # %% ../nbs/09c_processes.ipynb #97ff8c55
 import contextlib, importlib.util, os, signal, subprocess, sys, threading, time
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +34,7 @@ def total(
     *numbers: float,
 ) -> list[float]:
     "Sums over the processes."
-    return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+    return cast(torch.Tensor, accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum")).tolist()
 
 # %% ../nbs/09c_processes.ipynb #c231cc95
 def shard(
@@ -46,7 +47,7 @@ def shard(
     from torch.distributed.tensor import DTensor
     if accelerator.num_processes == 1: raise UserError("sharding='full' and one process; 2 or more processes are accepted, or sharding='none'")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for part in (*model.backbone.layers, model): fully_shard(part, mesh=mesh)
+    for part in (*model.get_submodule("backbone.layers").children(), model): fully_shard(part, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters()), "a parameter was not sharded"
 
 # %% ../nbs/09c_processes.ipynb #2a6a7b9b
@@ -63,7 +64,7 @@ def gathered(
         for part in parts: part.reshard(); part.set_reshard_after_forward(True)
 
 # %% ../nbs/09c_processes.ipynb #660c608b
-SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 class Stop:
     "Within its block, Ctrl-C and SIGTERM are noted in `asked` instead of ending the process."
@@ -103,7 +104,7 @@ def launch(
     processes: int,
 ) -> tuple[int, int] | None:  # number and exit code of the first that failed; a negative code is the signal that ended it
     "Run a command in several processes until all have ended, or one has failed and the others were ended."
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     workers, told, failed, codes = start_processes(command, processes, store.port), False, None, [None]
     with Stop() as stop:
         try:

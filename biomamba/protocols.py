@@ -86,8 +86,8 @@ def splits_of(
     asked, truth = read_pubmedqa_set(pubmedqa) if pubmedqa else (None, None)
     train, test = [read_bioasq_set(part, name) for part, name in zip(files, ("BioASQ, training", "BioASQ, test"))] if files else (None, None)
     splits = [yes_no_split(asked, train, test, share_of(scale) if share is None else share, MOST_VALIDATION.get(scale))]
-    if truth: splits.append(official_split(asked, truth, MOST_VALIDATION.get(scale)))
-    missing = {} if asked else dict.fromkeys(("as_published", "binary", "official"), "no file of PubMedQA was given")
+    if asked is not None and truth: splits.append(official_split(asked, truth, MOST_VALIDATION.get(scale)))
+    missing: dict[str, str] = {} if asked else dict.fromkeys(("as_published", "binary", "official"), "no file of PubMedQA was given")
     if asked and not truth: missing["official"] = "no list of the official test ids, test_ground_truth.json, lies beside the questions"
     if not files: missing["bioasq"] = "no files of BioASQ were given"
     return splits, missing, [s for s in (asked, train, test) if s]
@@ -156,7 +156,7 @@ def run_arm(
     for protocol, questions in split.tests.items(): check_apart([*split.train, *split.validation], questions, protocol)
     folder, tokenizer = run_dir / f"{split.name}-{arm}-{tuned.seed}", load_tokenizer(model)
     examples = [[qa_example(q, split.classes, tokenizer, tuned.max_tokens) for q in part] for part in (split.train, split.validation)]
-    training = fine_tune(folder, model, *examples, tuned, name=arm, keep_checkpoints=1)
+    training = fine_tune(folder, model, *examples, recipe=tuned, name=arm, keep_checkpoints=1)
     write_settings(folder / "model", split.classes, tuned.max_tokens)
     predictions = read_test(folder, split, tuned, write)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)     # the best is in model/, and a finished run is not resumed
@@ -192,7 +192,7 @@ def scored(
     found |= {name: measure(metric, golds, sure) for name, metric in probability_metrics(classes).items()}
     found["AURC"] = float(risk_coverage(*confidences(golds, sure, classes))[1].mean())
     if all(p.generated is not None for p in predictions):
-        found["written accuracy"] = float(np.mean([read_answer(p.generated, classes) == p.gold for p in predictions]))
+        found["written accuracy"] = float(np.mean([read_answer(p.generated or "", classes) == p.gold for p in predictions]))
     return found
 
 # %% ../nbs/21c_protocols.ipynb #74f6b6d3
@@ -289,7 +289,7 @@ def assemble_answers(
     models: dict[str, Path],        # arm → folder of the model that was fine-tuned
 ) -> dict:
     "results.json: who was compared, on what, and what came out."
-    found = {protocol: {"absent": why} for protocol, why in missing.items()}
+    found: dict[str, dict] = {protocol: {"absent": why} for protocol, why in missing.items()}
     for split in splits:
         for protocol in split.tests:
             answers = {arm: [one["predictions"][protocol] for one in some] for arm, some in runs[split.name].items()}

@@ -9,7 +9,7 @@ __all__ = ['BEFORE', 'AFTER', 'NEITHER', 'parts_of', 'prompt_text', 'candidates'
 
 # %% ../nbs/21b_qa.ipynb #0b6b481b
 import dataclasses, hashlib, json, logging, re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from .checkpoints import find_checkpoint, load_model, load_tokenizer
 from .documents import existing
 from .generation import generate
+from .mamba2 import BioMambaForCausalLM
 from .metrics import probabilities
 from .questions import YES_NO, YES_NO_MAYBE, Question
 from .runs import UserError, write_atomic
@@ -95,7 +96,7 @@ def prompts_of(
     made = [qa_example(q, classes, tokenizer, max_tokens) for q in questions]
     lost = [q.id for q, e in zip(questions, made) if e is None]
     if lost: raise UserError(f"{len(lost)} questions leave no room for a context in {max_tokens} tokens, such as {lost[0]}; a longer window is accepted")
-    return made
+    return [e for e in made if e is not None]
 
 # %% ../nbs/21b_qa.ipynb #1c55331f
 def score_questions(
@@ -121,12 +122,14 @@ def read_answer(
     classes: Sequence[str],
 ) -> str:                     # one of the classes, or "neither"
     "The answer that a text begins with."
-    word = re.match(r"\W*(\w*)", text)[1].lower()
+    found = re.match(r"\W*(\w*)", text)
+    assert found, "the pattern matches any text"
+    word = found[1].lower()
     return word if word in classes else NEITHER
 
 # %% ../nbs/21b_qa.ipynb #3f895055
 def generated_answers(
-    model: torch.nn.Module,
+    model: BioMambaForCausalLM,
     tokenizer,
     questions: Sequence[Question],
     predictions: Sequence[Prediction],   # of the same questions
@@ -134,13 +137,13 @@ def generated_answers(
 ) -> list[Prediction]:                   # with what the model wrote
     "Let the model write an answer to each question."
     classes = list(predictions[0].scores) if predictions else []
-    prompts = [e.prompt.tolist() for e in prompts_of(questions, classes, tokenizer, max_tokens)] if predictions else []
+    prompts: list[str | list[int]] = [e.prompt.tolist() for e in prompts_of(questions, classes, tokenizer, max_tokens)] if predictions else []
     return [dataclasses.replace(p, generated=c.text) for p, c in zip(predictions, generate(model, tokenizer, prompts, max_new_tokens=6), strict=True)]
 
 # %% ../nbs/21b_qa.ipynb #d43e3a94
 def write_predictions(
     path: Path,
-    predictions: dict[str, Sequence[Prediction]],   # protocol → predictions
+    predictions: Mapping[str, Sequence[Prediction]],   # protocol → predictions
 ) -> None:
     "Store predictions, a line each."
     lines = (json.dumps({"protocol": protocol} | dataclasses.asdict(p)) + "\n" for protocol, some in predictions.items() for p in some)

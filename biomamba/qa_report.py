@@ -9,6 +9,7 @@ __all__ = ['PROTOCOLS', 'MARKS', 'held', 'answers_table', 'gains_table', 'batche
 # %% ../nbs/40f_qa_report.ipynb #70336abf
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from .metrics import calibration_error, confidences, reliability, risk_coverage
 from .paper_results import published_table
@@ -133,7 +134,7 @@ MARKS = {"base": dict(color="#D55E00", marker="s", linestyle="--"), "adapted": d
 def calibration_figure(
     runs: dict[str, list[list[Prediction]]],   # arm → predictions of each seed
     what: str = "",                            # whose answers these are
-) -> plt.Figure:
+) -> Figure:
     "Reliability diagram and risk-coverage curve."
     answers = {arm: sure_and_right(seeds) for arm, seeds in runs.items()}
     with style():

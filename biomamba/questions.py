@@ -186,8 +186,9 @@ def bioasq_parts(
     "Which files of BioASQ are for training, and which for the test."
     if folder is None and train is None and test is None: return None
     if folder is not None and (train is not None or test is not None): raise UserError(f"bioasq={folder!r} and bioasq_train={train!r}, bioasq_test={test!r}; the folder alone or the two others are accepted")
-    if folder is None and (train is None or test is None): raise UserError(f"bioasq_train={train!r} and bioasq_test={test!r}; both are needed, or bioasq, a folder of batches")
-    if folder is None: return bioasq_files(train), bioasq_files(test)
+    if folder is None:
+        if train is None or test is None: raise UserError(f"bioasq_train={train!r} and bioasq_test={test!r}; both are needed, or bioasq, a folder of batches")
+        return bioasq_files(train), bioasq_files(test)
     files = bioasq_files(folder)
     if len(files) < 2: raise UserError(f"bioasq={folder!r} holds one file, {files[0].name}; at least two batches are needed, the last of which is the test")
     return files[:-1], files[-1:]

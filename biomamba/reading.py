@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from .comparison import PUBLISHED
 from .corpus import said_beside
@@ -43,7 +44,7 @@ def native_table(
         cells = [str(Interval(s["ppl"], *s["ci95"], n=s["documents"])) for s in (about["sets"][k] for k in sets)]
         theirs = [f"{published[NAMES[k]]:.2f}" if published and NAMES.get(k) in published else "" for k in sets]
         rows.append((name, about["architecture"].removesuffix("ForCausalLM").removesuffix("LMHeadModel"), f"{about['parameters']:,}", f"{about['vocabulary']:,}", *cells, *theirs))
-    heads = [NAMES.get(k, k) for k in sets]
+    heads = [str(NAMES.get(k, k)) for k in sets]
     return Grid(("model", "architecture", "parameters", "vocabulary", *heads, *(f"{h}, paper" for h in heads)), tuple(rows), _about_texts(results) +
                 " Perplexities of different tokenizers do not compare. The paper's columns are its Table 3, on " + published_table(3).measured_on + ".")
 
@@ -74,7 +75,7 @@ def fair_table(
 # %% ../nbs/40d_reading.ipynb #42c1c67f
 def comparison_figure(
     results: dict,   # of `compare`
-) -> plt.Figure:
+) -> Figure:
     "Bits per byte of each model, lowest mean above."
     sets = list(results["texts"])
     order = sorted(results["models"], key=lambda m: -sum(results["models"][m]["sets"][k]["bits_per_byte"]["value"] for k in sets))
@@ -151,7 +152,7 @@ def curve_figure(
     curves: dict[str, list[Point]],   # name of the model → points
     xlabel: str,                      # what x is
     title: str = "",
-) -> plt.Figure:
+) -> Figure:
     "Perplexity against a length, a line and a band of 95 % for each model."
     looks = list(LOOKS.values())
     with style():

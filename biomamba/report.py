@@ -12,9 +12,11 @@ __all__ = ['NAMES', 'LOOKS', 'STYLE', 'BLOCKS', 'Grid', 'interval_of', 'percent'
 import contextlib, copy, glob, html, io, itertools, json, math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .paper import table
@@ -55,7 +57,7 @@ def interval_of(
     documents: int | None = None,  # behind it, where known
 ) -> Interval:
     "An interval from its plain data."
-    return Interval(figure.get("ppl", figure.get("relative")), *figure["ci95"], n=documents)
+    return Interval(figure["ppl" if "ppl" in figure else "relative"], *figure["ci95"], n=documents)
 
 def percent(
     interval: Interval,   # relative
@@ -72,7 +74,7 @@ def perplexity_table(
     "Perplexity of base and adapted model on each test set, with what changed."
     base, adapted, rows = results["perplexity"]["base"], results["perplexity"]["adapted"], []
     for source, now in adapted.items():
-        name = NAMES.get(source, source) + (" (small source)" if results["small_source"][source] else "")
+        name = f"{NAMES.get(source, source)}" + (" (small source)" if results["small_source"][source] else "")
         before, n = base[source], now["documents"]
         bits = " → ".join(f"{figure['bits_per_byte']:.3f}" if figure["bits_per_byte"] else "unknown" for figure in (before, now))
         rows.append((name, f"{n:,}", f"{now['tokens']:,}", str(interval_of(before, n)), str(interval_of(now, n)),
@@ -91,7 +93,7 @@ def seeds_table(
     for result in results:
         sizes = [f"{result['perplexity']['adapted'][s]['documents']:,}" for s in sources]
         rows.append((str(result["seed"]), *(percent(interval_of(result["change"][s])) for s in sources)))
-    names = [NAMES.get(s, s) + f" ({n} documents)" for s, n in zip(sources, sizes)]
+    names = [f"{NAMES.get(s, s)} ({n} documents)" for s, n in zip(sources, sizes)]
     return Grid(("seed", *names), tuple(rows), "Paired change of the test perplexity from base to adapted model, 95 % intervals by bootstrap over documents.")
 
 # %% ../nbs/40_report.ipynb #a1a629d5
@@ -104,7 +106,7 @@ def committed_table(
         n = lambda s: result["perplexity"]["adapted"][s]["documents"]
         changes = [percent(interval_of(result["change"][s], n(s))) if s in result["change"] else "" for s in sources]
         rows.append((name, result["scale"], str(result["seed"]), *changes, (result.get("commit") or "unknown")[:12]))
-    return Grid(("run", "scale", "seed", *(NAMES.get(s, s) for s in sources), "commit"), tuple(rows),
+    return Grid(("run", "scale", "seed", *(str(NAMES.get(s, s)) for s in sources), "commit"), tuple(rows),
                 "Paired change of the test perplexity from base to adapted model, 95 % intervals by bootstrap over documents; no run is of a scale of the paper." if {r["scale"] for r in results.values()} == {"tiny"} else
                 "Paired change of the test perplexity from base to adapted model, 95 % intervals by bootstrap over documents.")
 
@@ -124,9 +126,9 @@ def settings_table(
                 f"Validation sets only, seed {found['seed']}. {found['rule']}")
 
 # %% ../nbs/40_report.ipynb #4f841e21
-LOOKS = {"pubmed": dict(color="#0072B2", linestyle="-", marker="o"), "c4": dict(color="#D55E00", linestyle="--", marker="s"),
+LOOKS: dict[str, dict[str, Any]] = {"pubmed": dict(color="#0072B2", linestyle="-", marker="o"), "c4": dict(color="#D55E00", linestyle="--", marker="s"),
          "wikipedia": dict(color="#009E73", linestyle=":", marker="^"), "selection": dict(color="#000000", linestyle="-", marker="")}
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True,
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True,
          "grid.color": "#e6e6e6", "axes.axisbelow": True, "font.size": 9.5, "legend.frameon": False, "lines.markersize": 4, "lines.linewidth": 1.6,
          "figure.dpi": 110, "savefig.dpi": 160, "svg.hashsalt": "biomamba", "svg.fonttype": "none"}
 
@@ -140,7 +142,7 @@ def style():
 
 # %% ../nbs/40_report.ipynb #59b5b847
 def save_figure(
-    figure: plt.Figure,
+    figure: Figure,
     folder: Path,
     name: str,            # without ending
 ) -> list[Path]:  # the SVG and the PNG
@@ -178,7 +180,7 @@ def finding(
 def learning_curve(
     metrics: list[dict],   # lines of metrics.jsonl
     label: str = "",       # added to the title
-) -> plt.Figure:
+) -> Figure:
     "Validation loss of each source against the step, as its distance from the base."
     steps, losses = validation_lines(metrics)
     best = losses["selection"].index(min(losses["selection"]))
@@ -249,7 +251,7 @@ def lowest_last(
 
 def learning_curves(
     runs: dict[str, Path],
-) -> plt.Figure:
+) -> Figure:
     "Figure 5: validation loss and perplexity on PubMed against the share of the run."
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.3), layout="constrained")
@@ -277,7 +279,7 @@ def published_results(
 # %% ../nbs/40_report.ipynb #af88df54
 def memorization_figure(
     audit: dict,   # Audit.data()
-) -> plt.Figure:
+) -> Figure:
     "Exposure of canaries by repetitions, and extraction of training against held-out passages."
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", width_ratios=(2, 1) if audit["extraction"] else (1, 0.001))

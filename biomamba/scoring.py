@@ -69,7 +69,7 @@ def write_answers(
     batch_size: int = 16,
 ) -> list[Answer]:  # in the order of the items
     "Let a model write, greedily."
-    prompts = [prompt_tokens(item, tokenizer) for item in items]
+    prompts: list[str | list[int]] = [prompt_tokens(item, tokenizer) for item in items]
     done = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [Answer(item.id, c.text, len(c.tokens), c.reason) for item, c in zip(items, done, strict=True)]
 
@@ -102,7 +102,7 @@ def open_public(
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype="auto")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{name} cannot be opened as a public model ({str(error).splitlines()[0][:200]}); a local folder, or a name on the hub where there is a network, is accepted") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 def write_public(
     model,                     # of transformers

@@ -111,8 +111,9 @@ def _mark(
     "The header that a line begins with, if it does."
     found = _KNOWN.match(note, start, end)
     other = None if found else _OTHER.match(note, start, end)
-    if not (found or other): return None
-    (a, b), body = (found or other).span("name"), (found or other).end()
+    header = found or other
+    if not header: return None
+    (a, b), body = header.span("name"), header.end()
     written = " ".join(note[a:b].split())
     group = next((key for key, value in found.groupdict().items() if value and key != "name"), None) if found else None
     name = list(PARTS)[int(group[1:])] if group else written

@@ -12,11 +12,13 @@ import builtins, dataclasses, hashlib, json, os, sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from .checkpoints import find_checkpoint, shape_of
+from .corpus import Corpus
 from .mamba2 import EOS
 from .packing import partly_given
 from .paper import SCALES, published
@@ -57,7 +59,7 @@ def make_prompt(
 ) -> tuple[np.ndarray, int]:  # (n,) ids, n ≤ room, the first the end of text; ids of the context that were cut
     "A prompt without an answer."
     parts = [ids_of(text, tokenizer, what) for text, what in ((before, "text before the context"), (context, "context"), (after, "text after the context"))]
-    made = _joined(*parts, room)
+    made = _joined(*parts, room=room)
     if made is None: raise UserError(f"a prompt without its context has {1 + len(parts[0]) + len(parts[2])} tokens, and there is room for {room}; a longer window or a shorter question is accepted")
     return made
 
@@ -93,7 +95,7 @@ def make_example(
     said = ids_of(answer, tokenizer, f"answer of {id}")
     if not len(said): raise UserError(f"the answer of {id} is empty; a text is accepted")
     parts = [ids_of(text, tokenizer, f"{what} of {id}") for text, what in ((before, "text before the context"), (context, "context"), (after, "text after the context"))]
-    made = _joined(*parts, max_tokens - len(said))
+    made = _joined(*parts, room=max_tokens - len(said))
     if made is None or len(parts[1]) - made[1] < min(least_context, len(parts[1])): return None
     return Example(id, made[0], np.append(said, EOS), made[1])
 
@@ -124,7 +126,7 @@ def _published_settings(
     scale: str,  # of `SCALES`
     task: str,
     arm: str,
-) -> dict:  # fields of `SftRecipe`
+) -> dict[str, Any]:  # fields of `SftRecipe`
     "A row of Table A6, A9 or A10, and what the tables leave to pretraining."
     if task == "clinical" and scale not in CLINICAL_SCALES: raise UserError(f"scale {scale!r} was not fine-tuned on notes; one of tiny, {', '.join(CLINICAL_SCALES)} is accepted")
     questions, shared = published_table("A6").row(scale.upper()), published(scale)
@@ -134,7 +136,7 @@ def _published_settings(
                        weight_decay=questions["weight decay"], warmup_ratio=row.get("warmup", shared["warmup_ratio"]))
 
 # %% ../nbs/14_sft.ipynb #465601b0
-TINY = {"qa": dict(learning_rate=4e-3, epochs=3, sequences_per_step=16, max_tokens=256, evaluations=6, precision="fp32", micro_batch_tokens=4096),
+TINY: dict[str, dict[str, Any]] = {"qa": dict(learning_rate=4e-3, epochs=3, sequences_per_step=16, max_tokens=256, evaluations=6, precision="fp32", micro_batch_tokens=4096),
         "clinical": dict(learning_rate=2e-3, epochs=3, sequences_per_step=16, evaluations=6, precision="fp32", micro_batch_tokens=4096)}
 
 # %% ../nbs/14_sft.ipynb #cc85c3b8
@@ -155,7 +157,7 @@ def sft_recipe(
     return dataclasses.replace(made, betas=loop_recipe(made).betas)     # the loop's recipe checks every value
 
 # %% ../nbs/14_sft.ipynb #a30c7baf
-PLAIN = dict(stable_ratio=0.0, decay_ratio=None, floor=0.0, layer_decay=1.0, ema_decay=0.0, mixture={"answers": 1.0})
+PLAIN: dict[str, Any] = dict(stable_ratio=0.0, decay_ratio=None, floor=0.0, layer_decay=1.0, ema_decay=0.0, mixture={"answers": 1.0})
 
 def loop_recipe(
     sft: SftRecipe,
@@ -222,7 +224,7 @@ def check_examples(
     for e in examples:
         if e is None: continue
         if not isinstance(e, Example): raise UserError(f"{what} holds {e!r}; Examples are accepted, and None for a dropped one")
-        ids, refuse = np.concatenate([e.prompt, e.answer]), lambda wrong: UserError(f"the example {e.id} of {what} {wrong} is accepted")
+        ids, refuse = np.concatenate([e.prompt, e.answer]), lambda wrong, id=e.id: UserError(f"the example {id} of {what} {wrong} is accepted")
         if not len(e.prompt) or e.prompt[0] != EOS: raise refuse(f"has a prompt that begins with {e.prompt[:1].tolist()}; one that begins with the end of text, {EOS},")
         if len(e.answer) < 2 or e.answer[-1] != EOS: raise refuse(f"has the answer {e.answer[-3:].tolist()}; one id at least, and the end of text, {EOS}, behind it")
         if ids.min() < 0 or ids.max() >= vocabulary: raise refuse(f"holds the id {ids[(ids < 0) | (ids >= vocabulary)][0]} and the model's vocabulary has {vocabulary} rows; an id below that")
@@ -245,10 +247,10 @@ def open_examples(
     part: str = "train",
 ) -> Examples:
     "The examples of a run, in a process of its own."
-    ids = lambda value: np.array(value, dtype=np.int64) if isinstance(value, list) else value
-    read = lambda line: line and Example(**{name: ids(value) for name, value in line.items()})
+    ids = lambda value: np.array(value, dtype=np.int64)
+    read = lambda line: line and Example(line["id"], ids(line["prompt"]), ids(line["answer"]), line["cut"])
     stored = [[read(json.loads(line)) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in (part, "validation")]
-    return Examples(*stored, recipe, folder, part)
+    return Examples(*stored, recipe=recipe, folder=folder, part=part)
 
 # %% ../nbs/14_sft.ipynb #436f7e01
 def fine_tune(
@@ -271,7 +273,7 @@ def fine_tune(
     shared = {e.id for e in train if e} & {e.id for e in validation if e}
     if shared: raise UserError(f"{len(shared)} ids stand in train and in validation, such as {min(shared)}; sets apart from each other are accepted")
     examples = Examples(train, validation, loop, resolve(run_dir) / "private")
-    run = Run(run_dir, identity_of(loop, examples, name, folder, processes) | {"fine_tuning": {"task": recipe.task, "arm": recipe.arm}})
+    run = Run(run_dir, identity_of(loop, cast(Corpus, examples), name, folder, processes) | {"fine_tuning": {"task": recipe.task, "arm": recipe.arm}})
     return _run(run, folder, examples, processes, reason or restricted(folder))
 
 # %% ../nbs/14_sft.ipynb #15feb36f
@@ -287,7 +289,7 @@ def _run(
         mark_restricted(run.folder, reason)
         examples.manifest["restricted"] = reason
     if processes > 1 and not (run / "training.json").exists(): write_examples(examples)
-    summary = pretrain(run, folder, examples, processes, lambda *_: examples, "biomamba.sft")
+    summary = pretrain(run, folder, cast(Corpus, examples), processes, lambda *_: examples, "biomamba.sft")
     if reason: mark_restricted(run / "model", reason)
     return summary | {"validations": [[line["step"], line["validation_loss"]["selection"]] for line in run.metrics if "validation_loss" in line]}
 

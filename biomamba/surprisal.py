@@ -9,6 +9,7 @@ __all__ = ['HEADINGS', 'STEPS', 'BETTER', 'WORSE', 'PAGE', 'cells_of', 'sections
 # %% ../nbs/08c_surprisal.ipynb #e7d90eb0
 import html, math, os, re
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -138,19 +139,19 @@ def surprisal(
     if not text.strip(): raise UserError("surprisal was given a text without a letter; a text is accepted")
     if tokenizer is None and isinstance(adapted, torch.nn.Module): raise UserError("surprisal needs the tokenizer beside a model; tokenizer=load_tokenizer(…), or the model's folder, is accepted")
     with discreet(restricted):
-        ids, cells = cells_of(text, tokenizer or load_tokenizer(adapted))
+        ids, cells = cells_of(text, tokenizer if isinstance(adapted, torch.nn.Module) else tokenizer or load_tokenizer(adapted))
         owner = np.repeat(np.arange(len(cells)), [n for _, n in cells])
         nats, reasons = zip(*(_nats(model, ids, piece) for model in (base, adapted)))
         hidden = None if show_text else all_reasons(restricted, *reasons)
         bits = [np.bincount(owner, some, len(cells)) / math.log(2) for some in nats]
         parts = [(name, _first_cell(cells, start)) for name, start in sections or sections_of(text)]
     named = tuple((f"part {i}" if hidden else name, first) for i, (name, first) in enumerate(parts, 1))      # a heading is text
-    return Surprisal(tuple(c for c, _ in cells), np.array([n for _, n in cells]), *bits, named, tuple(names), hidden)
+    return Surprisal(tuple(c for c, _ in cells), np.array([n for _, n in cells]), *bits, sections=named, names=(names[0], names[1]), hidden=hidden)
 
 # %% ../nbs/08c_surprisal.ipynb #4cd23203
 def _nats(model, ids: np.ndarray, piece: int) -> tuple[np.ndarray, str | None]:  # (tokens,); why the model is restricted
     "The loss of each token under a model or the model of a folder."
-    model = model if isinstance(model, torch.nn.Module) else load_model(model)
+    model = cast(Any, model if isinstance(model, torch.nn.Module) else load_model(model))
     rows = model.get_input_embeddings().num_embeddings
     if ids.max() >= rows: raise UserError(f"the tokenizer gives the id {ids.max():,} and the model has {rows:,} rows of vocabulary; a model and its own tokenizer are accepted")
     return piecewise_losses(model.eval(), scored_sequence(ids), piece), getattr(model.config, "restricted", None)

@@ -97,7 +97,8 @@ def peak_flops(
     if device.type == "cpu": return cpu_peak() * 1e12 * processes if recipe.precision == "fp32" else None
     name = torch.cuda.get_device_name(device)
     card = next((h for h in HARDWARE.values() if h.driver_name and h.driver_name in name), None)
-    return card.peak_tflops_bf16 * 1e12 * processes if card and recipe.precision == "bf16" else None
+    peak = card.peak_tflops_bf16 if card and recipe.precision == "bf16" else None
+    return peak * 1e12 * processes if peak else None
 
 # %% ../nbs/09e_training.ipynb #8a62ed99
 def speed(
@@ -132,7 +133,7 @@ def stop_if_asked(
     if state.validated != state.step:
         save_checkpoint(state, run, recipe.keep_checkpoints, accelerator.is_main_process)
         accelerator.wait_for_everyone()
-    by = SIGNALS.get(stop.asked, "a signal to another process")
+    by = SIGNALS.get(stop.asked or 0, "a signal to another process")
     raise UserError(f"training was stopped by {by} after step {state.step} of {steps}; its checkpoint is written, and the same command goes on from there")
 
 # %% ../nbs/09e_training.ipynb #d05f6116
@@ -171,7 +172,7 @@ class Trained(Corpus):
     def about(self, recipe: Recipe) -> dict:  # goes into training.json
         first, ends = self.index[self.index["start"] == 0], 1 if recipe.eos == "trained" else -1
         targets = np.concatenate([self.tables[name].lengths[first["row"][first["source"] == i]] for i, name in enumerate(self.names)]) + ends
-        return {"long_documents": long_document_counts(targets, recipe)}
+        return {"long_documents": long_document_counts(targets.tolist(), recipe)}
 
 class WholeDocuments(Trained):
     "The corpus of a recipe that carries long documents over rows: a sequence is a whole document."
@@ -337,6 +338,7 @@ def work_together(
     failed = launch([sys.executable, "-m", module, *arguments], processes)
     if not (run / "training.json").exists():
         if (run / "error.txt").exists(): raise UserError((run / "error.txt").read_text())
+        assert failed, "processes that end well leave training.json"
         rank, code = failed
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}, and said why above"
         raise UserError(f"process {rank} of the {processes} training processes {how}, so the others were stopped; {what_stands(run)}")
