@@ -90,7 +90,7 @@ def text_of(
         sources = json.loads(manifest.read_text()).get("sources", {})
         made = [name for name, about in sources.items() if "sample" in about.get("origin", {})]
         return "synthetic sample" if len(made) == len(sources) else f"{', '.join(made)} synthetic" if made else "own text" if sources else ""
-    return str(run.results.get("notes", "")) if run.kind == "clinical" else ""
+    return f"{'restricted ' if run.results.get('restricted') else ''}notes {run.results['notes'][:8]}" if run.kind == "clinical" else ""
 
 def commit_of(
     run: Found,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'KINDS', 'published_changes', 'shares_text', 'mixture_table', 'table_errors', 'law_table', 'proposal_table',
-           'dial_table', 'kind_of', 'short_name', 'draw_mixtures', 'draw_published', 'frontier_title', 'frontier']
+           'dial_table', 'kind_of', 'short_name', 'draw_mixtures', 'label_apart', 'draw_published', 'frontier_title',
+           'frontier']
 
 # %% ../nbs/40h_mixture_report.ipynb #dda88152
 import math
@@ -140,10 +141,27 @@ def draw_mixtures(
         x, y = spot["general"]["value"], spot["gain"]["value"]
         axis.errorbar(x, y, xerr=_spread(spot["general"]), yerr=_spread(spot["gain"]), ecolor="#cccccc", elinewidth=0.7, linestyle="", zorder=2)
         axis.plot(x, y, linestyle="", label=None if kind in seen else kind, zorder=3, **KINDS[kind]); seen.add(kind)
-        axis.annotate(short_name(found["shares"]), (x, y), (3, 3), textcoords="offset points", fontsize=6.5, color="#444444")
     spot = results["proposal"][part]
     axis.plot(spot["general"]["value"], spot["gain"]["value"], linestyle="", marker="D", markersize=8, markerfacecolor="none", markeredgecolor="#CC79A7", markeredgewidth=1.8,
               label=f"proposed by the law: {short_name(results['proposal']['shares'])}", zorder=4)
+
+# %% ../nbs/40h_mixture_report.ipynb #6a1b0e55
+def label_apart(
+    axis: Axes,
+    spots: list[tuple[float, float, str]],  # x, y and a name; the first have the first choice
+) -> None:
+    "Name points, each beside it where its name covers no other; a name without room is left out."
+    axis.figure.draw_without_rendering()
+    taken, room = [], axis.get_window_extent()
+    for x, y, name in spots:
+        for dx, dy, side in ((4, 3, "left"), (4, -9, "left"), (-4, 3, "right"), (-4, -9, "right")):
+            note = axis.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, fontsize=6.5, color="#444444")
+            box = note.get_window_extent()
+            if room.contains(box.x0, box.y0) and room.contains(box.x1, box.y1) and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            note.remove()
+
 
 # %% ../nbs/40h_mixture_report.ipynb #dd7c2f53
 def draw_published(axis: Axes) -> None:
@@ -184,4 +202,6 @@ def frontier(
         axes[0].plot(0, 0, linestyle="", marker="x", color="#000000", label="base")
         axes[0].legend(fontsize=7.5, loc="best")
         figure.suptitle(frontier_title(results, part), x=0, ha="left", fontsize=11)
+        ranked = sorted(results["mixtures"].values(), key=lambda found: -abs(found[part]["gain"]["value"] - results["proposal"][part]["gain"]["value"]))
+        label_apart(axes[0], [(found[part]["general"]["value"], found[part]["gain"]["value"], short_name(found["shares"])) for found in ranked])
     return figure

@@ -8,6 +8,7 @@ __all__ = ['INK', 'PAPER', 'PLACES', 'ARROWS', 'PARTS', 'Rows', 'SERIES', 'workf
            'note_rows', 'answers_figure', 'notes_figure']
 
 # %% ../nbs/40l_pictures.ipynb #2679c4ab
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -184,7 +185,8 @@ def forest_figure(
                 elif value is not None: axis.plot(value, y + shift, linestyle="", markerfacecolor="white", **look)
             axis.plot([], [], linestyle="", label=NAMES.get(name, name), **look)
         axis.axvline(0, color="#999999", linewidth=0.8)
-        axis.set(yticks=range(len(rows)), yticklabels=list(reversed(rows)), xlabel=xlabel, title=title)
+        axis.set(yticks=range(len(rows)), yticklabels=list(reversed(rows)), xlabel=xlabel)
+        axis.set_title(textwrap.fill(title, 72))
         axis.set_ylim(-0.6, len(rows) - 0.4); axis.grid(axis="y", visible=False)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
