@@ -139,7 +139,7 @@ def stop_if_asked(
 # %% ../nbs/09e_training.ipynb #d05f6116
 def train(
     state: State,
-    corpus: Corpus,
+    corpus: "Trained",
     recipe: Recipe,
     run: Run,
     accelerator: Accelerator,
@@ -185,7 +185,7 @@ def open_corpus(
     collection: Path,  # folder of the collection
     recipe: Recipe,
     part: str,
-) -> Corpus:
+) -> Trained:
     "The sequences that a recipe trains on."
     return (WholeDocuments if recipe.long_documents == "carry" else Trained)(Collection(collection), recipe, part)
 
@@ -279,7 +279,7 @@ def export_best(
     state: State,
     run: Run,
     model_folder: Path,  # whose tokenizer goes with the weights
-    corpus: Corpus,
+    corpus: Trained,
     recipe: Recipe,
 ) -> None:
     "Write model/ from the averaged weights of the best checkpoint, then training.json."
@@ -296,7 +296,7 @@ def export_best(
 # %% ../nbs/09e_training.ipynb #4bd26961
 def summary_of(
     state: State,
-    corpus: Corpus,
+    corpus: Trained,
     recipe: Recipe,
 ) -> dict:  # training.json
     "What a finished training says of itself."
