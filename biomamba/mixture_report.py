@@ -150,8 +150,7 @@ def label_apart(
     axis: Axes,
     spots: list[tuple[float, float, str]],  # x, y and a name; the first have the first choice
 ) -> None:
-    "Name points, each beside it where its name covers no other; a name without room is left out."
-    axis.figure.draw_without_rendering()
+    "Name points of a figure that has been laid out, each where its name covers no other; a name without room is left out."
     taken, room = [], axis.get_window_extent()
     for x, y, name in spots:
         for dx, dy, side in ((4, 3, "left"), (4, -9, "left"), (-4, 3, "right"), (-4, -9, "right")):
@@ -203,5 +202,6 @@ def frontier(
         axes[0].legend(fontsize=7.5, loc="best")
         figure.suptitle(frontier_title(results, part), x=0, ha="left", fontsize=11)
         ranked = sorted(results["mixtures"].values(), key=lambda found: -abs(found[part]["gain"]["value"] - results["proposal"][part]["gain"]["value"]))
+        figure.draw_without_rendering()
         label_apart(axes[0], [(found[part]["general"]["value"], found[part]["gain"]["value"], short_name(found["shares"])) for found in ranked])
     return figure
