@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import biomamba
+from . import __file__ as package, __version__
 from .runs import Recipe, UserError, check_processes, given, project_root, read_metrics, recipe_from, run_dir_for
 
 # %% ../nbs/90_cli.ipynb #f0abafb7
@@ -21,7 +21,7 @@ def notebook(
     name: str,   # "10_cpt"
 ) -> Path:
     "A run notebook: the checkout's, the one installed with the library, or that of an editable install."
-    library = Path(biomamba.__file__).parent
+    library = Path(package).parent
     places = [project_root() / "nbs", library / "notebooks", library.parent / "nbs"]
     found = [place / f"{name}.ipynb" for place in places if (place / f"{name}.ipynb").is_file()]
     if not found: raise UserError(f"notebook {name} is in none of {', '.join(map(str, places))}; a checkout or an installed biomamba is accepted")
@@ -204,7 +204,7 @@ def parse(
 ) -> tuple[str, dict]:  # verb; parameters that were given
     "Read a command line."
     parser = argparse.ArgumentParser("biomamba", description="Adapt Mamba-2 language models to biomedical text.")
-    parser.add_argument("--version", action="version", version=f"biomamba {biomamba.__version__}")
+    parser.add_argument("--version", action="version", version=f"biomamba {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     about = {name: function.__doc__ for name, function in VERBS.items()} | {name: options_of(function)[0] for name, function in FUNCTIONS.items()}
     for verb, text in about.items():
