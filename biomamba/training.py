@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'BASE_CARD', 'resume', 'evaluation_steps', 'track', 'evaluate_and_save', 'peak_flops', 'speed', 'postfix',
-           'stop_if_asked', 'train', 'Trained', 'WholeDocuments', 'open_corpus', 'check_corpus', 'with_device_batch',
+           'stop_if_asked', 'Trained', 'train', 'WholeDocuments', 'open_corpus', 'check_corpus', 'with_device_batch',
            'prepare_state', 'work', 'weights_of', 'identity_of', 'export_best', 'summary_of', 'pretrain',
            'work_together', 'main', 'held', 'telling_the_others', 'make_base', 'evaluate', 'assemble']
 
@@ -136,10 +136,21 @@ def stop_if_asked(
     by = SIGNALS.get(stop.asked or 0, "a signal to another process")
     raise UserError(f"training was stopped by {by} after step {state.step} of {steps}; its checkpoint is written, and the same command goes on from there")
 
+# %% ../nbs/09e_training.ipynb #11bd4819
+class Trained(Corpus):
+    "A corpus with what the loop asks of it besides sequences."
+
+    learned = 1.0  # share of its tokens that are targets
+
+    def about(self, recipe: Recipe) -> dict:  # goes into training.json
+        first, ends = self.index[self.index["start"] == 0], 1 if recipe.eos == "trained" else -1
+        targets = np.concatenate([self.tables[name].lengths[first["row"][first["source"] == i]] for i, name in enumerate(self.names)]) + ends
+        return {"long_documents": long_document_counts(targets.tolist(), recipe)}
+
 # %% ../nbs/09e_training.ipynb #d05f6116
 def train(
     state: State,
-    corpus: "Trained",
+    corpus: Trained,
     recipe: Recipe,
     run: Run,
     accelerator: Accelerator,
@@ -164,16 +175,6 @@ def train(
             bar.set_postfix_str(postfix(line, fast), refresh=False); bar.update()
 
 # %% ../nbs/09e_training.ipynb #11bd481a
-class Trained(Corpus):
-    "A corpus with what the loop asks of it besides sequences."
-
-    learned = 1.0  # share of its tokens that are targets
-
-    def about(self, recipe: Recipe) -> dict:  # goes into training.json
-        first, ends = self.index[self.index["start"] == 0], 1 if recipe.eos == "trained" else -1
-        targets = np.concatenate([self.tables[name].lengths[first["row"][first["source"] == i]] for i, name in enumerate(self.names)]) + ends
-        return {"long_documents": long_document_counts(targets.tolist(), recipe)}
-
 class WholeDocuments(Trained):
     "The corpus of a recipe that carries long documents over rows: a sequence is a whole document."
 
