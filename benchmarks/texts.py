@@ -88,13 +88,13 @@ def row_step(
 
 
 def packing(quick: bool) -> Found:
-    "Forward passes as training makes them, other documents each time; a pass's rate times the documents that it holds. Ours takes two rows' tokens at a time, its fastest on two cores; stock has room for one."
+    "Forward passes as training makes them, other documents each time; a pass's rate times the documents that it holds. Packed documents take the tokens of two and a half rows at a time, padded ones two rows, each its fastest on two cores; stock has room for one."
     from benchmarks.limits import flops_per_token, matrix_peak
     from benchmarks.models import DTYPES, models, shape
     steps, data, untargeted = step_sequences(quick)
     chosen, length = shape(quick), 128 if quick else TOKENS
     step = [s[: length + 1] % chosen.vocabulary for s in steps[0]]
-    packed, alone, single = micro_batches(step, 2 * length, 2 * length), padded_batches(step, length, 2 * length), padded_batches(step, length, length)
+    packed, alone, single = micro_batches(step, 5 * length // 2, 5 * length // 2), padded_batches(step, length, 2 * length), padded_batches(step, length, length)
     (ours, stock), tokens, peak = models(chosen), sum(len(s) - 1 for s in step), matrix_peak(DTYPES["bf16"], quick)
     def one(model, who, precision, made):
         turns = itertools.cycle(made[:: max(1, len(made) // (ROUNDS + 1))])   # spread over the step

@@ -179,7 +179,7 @@ def check_machine(
 
 # %% ../nbs/01a_recipe.ipynb #ff682947
 TINY = dict(scale="tiny", checkpoint=None, d_model=160, layers=4, state=32, head_dim=32, vocabulary=2048,
-            sequences=None, steps=200, sequences_per_step=8, learning_rate=1e-3, ema_decay=None, precision="fp32",
+            sequences=None, steps=200, sequences_per_step=4, learning_rate=1e-3, ema_decay=None, precision="fp32",
             long_documents="split", micro_batch_tokens=4096, evaluations=6, validation_documents=20, base_steps=200)
 
 # %% ../nbs/01a_recipe.ipynb #28d98cc9

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['FORGOTTEN', 'recurrence', 'allowed_pairs', 'decay_matrix', 'whole_matrix', 'Decays', 'decays', 'within_chunks',
-           'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'step_sizes', 'chunk_scan',
-           'scan_step', 'CausalConv', 'causal_conv']
+           'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'document_starts', 'LoopScan',
+           'step_sizes', 'chunk_scan', 'scan_step', 'CausalConv', 'LoopConv', 'causal_conv']
 
 # %% ../nbs/06a_ssd.ipynb #46293f36
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .loops import (by_loops, conv_backward_loop, conv_loop, dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop,
+                            numbers, parts_of, pass_loop, rows, scale_loop, spread)
 
 # %% ../nbs/06a_ssd.ipynb #02c2617b
 def _per_head(
@@ -305,6 +309,166 @@ class ChunkScan(torch.autograd.Function):
             *grads, initial = _backward(saved, dy, last)
             return *grads, initial if ctx.has_initial else None, None, None
 
+# %% ../nbs/06a_ssd.ipynb #18ae56ef
+def document_starts(
+    seq_idx: Tensor | None,  # (rows, length)
+    shape: Sequence[int],    # (rows, length)
+) -> Tensor:                 # (rows, length), int32
+    "Where in its row each token's document starts."
+    if seq_idx is None: return torch.zeros(*shape, dtype=torch.int32)
+    first = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return torch.cummax(torch.where(first, torch.arange(shape[1]), 0), 1)[0].int()
+
+# %% ../nbs/06a_ssd.ipynb #04d58068
+def _by_token(
+    v: Tensor,         # (rows, Q, G, R)
+) -> np.ndarray:       # (rows · Q, H)
+    "A factor of each token and head, as the loops take it."
+    return numbers(v.flatten(2).flatten(0, 1).contiguous())
+
+def _layouts(
+    x: Tensor,   # (rows, Q, G, R, P)
+    f: Tensor,   # (rows, Q, G, R): factor of the first
+    fw: Tensor,  # (rows, Q, G, R): factor of the second
+) -> tuple[Tensor, Tensor]:  # (rows, H, Q, P) and (rows, G, Q, R · P)
+    "What every head reads, scaled, for products per head and for products per group."
+    n, Q, G, R, P = x.shape
+    heads, wide = x.new_empty(n, G * R, Q, P), x.new_empty(n, G, Q, R * P)
+    spread(scale_loop, n, *rows(x.flatten(2)), _by_token(f), _by_token(fw), numbers(heads), numbers(wide))
+    return heads, wide
+
+# %% ../nbs/06a_ssd.ipynb #1063eb1c
+def _products(C: Tensor, B: Tensor) -> Tensor:  # (rows, G, Q, Q)
+    "C Bᵀ of each group."
+    return C.transpose(1, 2) @ B.permute(0, 2, 3, 1)
+
+def _mixed(
+    xdt: Tensor,     # Δ x, (rows, H, Q, P)
+    s: Tensor,       # (rows, H, Q)
+    start: Tensor,   # (rows, Q)
+    G: Tensor,       # C Bᵀ, (rows, groups, Q, Q)
+) -> Tensor:         # (rows, H, Q, P)
+    "Step 1, some rows at a time."
+    (n, H, Q), out = s.shape, torch.empty_like(xdt)
+    for k in _slabs(n, H * Q * Q, cache=1 << 22):  # fewer calls than above: nothing is read twice
+        M = s.new_empty(len(s[k]), H, Q, Q)
+        spread(mix_loop, len(M) * H, *map(numbers, (s[k], start[k], G[k], M)))
+        torch.matmul(M, xdt[k], out=out[k])
+    return out
+
+def _mixed_backward(
+    dy: Tensor,      # (rows, H, Q, P)
+    xdt: Tensor,     # Δ x, (rows, H, Q, P)
+    s: Tensor,       # (rows, H, Q)
+    start: Tensor,   # (rows, Q)
+    G: Tensor,       # C Bᵀ, (rows, groups, Q, Q)
+) -> tuple[Tensor, Tensor]:  # gradients of Δ x and of C Bᵀ
+    "Step 1 backwards."
+    (n, H, Q), du, dG = s.shape, torch.empty_like(xdt), torch.empty_like(G)
+    for k in _slabs(n, 2 * H * Q * Q, cache=1 << 22):
+        W = dy[k] @ xdt[k].transpose(-1, -2)
+        spread(mix_backward_loop, len(W) * G.shape[1], *map(numbers, (s[k], start[k], G[k], W, dG[k])))
+        torch.matmul(W.transpose(-1, -2), dy[k], out=du[k])
+    return du, dG
+
+# %% ../nbs/06a_ssd.ipynb #c25b94b7
+def _pass(
+    new: Tensor,         # (batch, chunks, G, N, R, P)
+    carry: Tensor,       # (rows, G, R)
+    edge: Tensor | None, # (batch, G, N, R, P): the state before the first, or the gradient after the last; None: 0
+    back: bool = False,
+) -> Tensor:             # (batch, chunks + 1, G, N, R, P)
+    "Step 3, in either direction of time."
+    batch, chunks, G, N, R, P = new.shape
+    passed = new.new_empty(batch, chunks + 1, G, N, R, P)
+    passed[:, -1 if back else 0] = 0 if edge is None else edge
+    spread(pass_loop, batch * G * N, numbers(new), numbers(carry.reshape(batch, chunks, G, R)), numbers(passed), back)
+    return passed
+
+# %% ../nbs/06a_ssd.ipynb #8fb806ec
+def _forward_by_loops(
+    x: Tensor,               # (rows, Q, G, R, P)
+    dt: Tensor,              # (rows, Q, G, R)
+    s: Tensor,               # (rows, H, Q)
+    B: Tensor,               # (rows, Q, G, N)
+    C: Tensor,               # (rows, Q, G, N)
+    D: Tensor,               # (G, R)
+    initial: Tensor | None,  # (batch, G, N, R, P)
+    start: Tensor,           # (rows, Q)
+    d: Decays,
+    batch: int,              # sequences
+) -> tuple[Tensor, Tensor]:  # outputs (rows, Q, G, R, P), states (batch, chunks + 1, G, N, R, P)
+    "The four steps."
+    n, Q, G, R, P = x.shape
+    heads, wide = _layouts(x, dt, dt * d.leave)
+    own = _mixed(heads, s, start, _products(C, B))
+    added = B.permute(0, 2, 3, 1) @ wide
+    states = _pass(added.view(batch, -1, G, B.shape[-1], R, P), d.carry, initial)
+    far, y = C.transpose(1, 2) @ states[:, :-1].reshape(n, G, -1, R * P), x.new_empty(x.shape)
+    spread(join_loop, n, numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), numbers(D.flatten()), numbers(y.view(n * Q, -1)))
+    return y, states
+
+# %% ../nbs/06a_ssd.ipynb #5aa0766d
+def _backward_by_loops(saved: tuple, dy: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
+    "Gradients of x, dt, Δ A, B, C, D and the initial state, from what `LoopScan` saved."
+    x, dt, s, start, B, C, D, y, states, *factors = saved
+    (n, _, G, R, P), d = x.shape, Decays(*factors)
+    flat = lambda v: v.reshape(n, G, -1, R * P)
+    xdt, leaving = _layouts(x, dt, dt * d.leave)
+    heads, arrived = _layouts(dy, torch.ones_like(dt), d.arrive)
+    read = (C.permute(0, 2, 3, 1) @ arrived).view(states[:, 1:].shape)
+    grads = _pass(read, d.carry, last, back=True)
+    after = flat(grads[:, 1:])
+    own, dG = _mixed_backward(heads, xdt, s, start, _products(C, B))
+    dB = (leaving @ after.transpose(-1, -2)).add_(dG.transpose(-1, -2) @ C.transpose(1, 2))
+    dC = (arrived @ flat(states[:, :-1]).transpose(-1, -2)).add_(dG @ B.transpose(1, 2))
+    dx, xu, ds, dD = _join_backward(own, B.transpose(1, 2) @ after, d.leave, dt, D, x, dy, y)
+    ds[:, -1] += _passed(states, grads)
+    return dx, xu, ds.flip(1).cumsum(1).flip(1), dB.transpose(1, 2), dC.transpose(1, 2), dD, grads[:, 0]
+
+# %% ../nbs/06a_ssd.ipynb #b38b25e0
+def _join_backward(own, far, leave, dt, D, x, dy, y) -> tuple[Tensor, ...]:  # gradients of x, Δ, s without the states, and D
+    "What is made of U, token by token; shapes as above."
+    n, Q, G, R, P = x.shape
+    dx, xu, ds, dD = y.new_empty(n * Q, G * R * P), y.new_empty(n * Q, G * R), y.new_empty(n * Q, G * R), y.new_zeros(parts_of(n), G * R)
+    spread(join_backward_loop, n, numbers(own), numbers(far), _by_token(leave), _by_token(dt), numbers(D.flatten()), *rows(x.flatten(2)), *rows(dy.flatten(2)),
+           *map(numbers, (y.view(n * Q, -1), dx, xu, ds, dD)))
+    return dx.view(x.shape), xu.view(dt.shape), ds.view(dt.shape), dD.sum(0).view(D.shape)
+
+def _passed(
+    states: Tensor,  # (batch, chunks + 1, G, N, R, P)
+    grads: Tensor,   # their gradients, the same shape
+) -> Tensor:         # (rows, G, R)
+    "What the state at each chunk's end gives the gradient of s."
+    a, b = (v[:, 1:].flatten(0, 1) for v in (states, grads))
+    out = a.new_empty(len(a), a.shape[1], a.shape[3])
+    spread(dot_loop, len(a), *map(numbers, (a, b, out)))
+    return out
+
+# %% ../nbs/06a_ssd.ipynb #59c583a0
+class LoopScan(torch.autograd.Function):
+    "`ChunkScan` by loops."
+
+    @staticmethod
+    def forward(ctx, x, dt, a, B, C, D, initial, seq_idx, batch):
+        with torch.autocast("cpu", enabled=False):
+            s = a.cumsum(1)
+            start, d = document_starts(seq_idx, s.shape[:2]), decays(s, seq_idx, batch)
+            s = s.flatten(2).transpose(1, 2).contiguous()
+            y, states = _forward_by_loops(x, dt, s, B, C, D, initial, start, d, batch)
+            ctx.save_for_backward(x, dt, s, start, B, C, D, y, states, *d)
+            ctx.set_materialize_grads(False)
+            ctx.has_initial = initial is not None
+            return y, states[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, last):
+        saved = ctx.saved_tensors  # read once, or recomputing activations fails
+        with torch.autocast("cpu", enabled=False):
+            *grads, initial = _backward_by_loops(saved, torch.zeros_like(saved[0]) if dy is None else dy, last)
+            return *grads, initial if ctx.has_initial else None, None, None
+
 # %% ../nbs/06a_ssd.ipynb #c7d02f94
 def step_sizes(
     dt: Tensor,                       # (batch, T, H), as projected
@@ -354,8 +518,9 @@ def chunk_scan(
     ids = None if seq_idx is None else F.pad(seq_idx.float(), (0, chunks * Q - T), mode="replicate").view(-1, Q)
     D = x.new_zeros(H, dtype=real) if D is None else D.to(real)
     start = None if initial_states is None else _state_in(initial_states.to(real), G)
-    y, last = ChunkScan.apply(cut(x, G, H // G, P), cut(dt, G, H // G), cut(dt * A.to(real), G, H // G),
-                              cut(B, G, N), cut(C, G, N), D.view(G, H // G), start, ids, b)
+    function = LoopScan if by_loops(x) else ChunkScan
+    y, last = function.apply(cut(x, G, H // G, P), cut(dt, G, H // G), cut(dt * A.to(real), G, H // G),
+                             cut(B, G, N), cut(C, G, N), D.view(G, H // G), start, ids, b)
     y = y.reshape(b, chunks * Q, H, P)[:, :T].to(x.dtype)
     return (y, _state_out(last)) if return_final_states else y
 
@@ -490,6 +655,44 @@ class CausalConv(torch.autograd.Function):
             if bias is not None: db += dz[:, :k.stop - k.start].sum((0, 1))
         return dx, dw.T.flip(1), None if bias is None else db, None, None
 
+# %% ../nbs/06a_ssd.ipynb #616b3af7
+def _taps(weight: Tensor) -> Tensor:  # (channels, K) to (K, channels), the first for the token itself
+    return weight.flip(1).T.contiguous()
+
+class LoopConv(torch.autograd.Function):
+    "`CausalConv` by loops."
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, reach):
+        ctx.save_for_backward(x, weight, bias, reach)
+        y = torch.empty(x.shape, dtype=weight.dtype)
+        spread(conv_loop, len(reach), *rows(x), *map(numbers, (_taps(weight), bias, reach, y.flatten(0, 1))), least=32)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, reach = ctx.saved_tensors
+        w, dx, parts = _taps(weight), torch.empty(x.shape, dtype=x.dtype), parts_of(len(reach), 32)
+        dw, db = w.new_zeros(parts, *w.shape), w.new_zeros(parts, w.shape[1])
+        spread(conv_backward_loop, len(reach), *rows(dy), *rows(x), *map(numbers, (w, bias, reach, dx.flatten(0, 1), dw, db)), least=32)
+        return dx, dw.sum(0).T.flip(1), db.sum(0), None
+
+# %% ../nbs/06a_ssd.ipynb #990cdfc6
+def _conv_by_loops(
+    x: Tensor,               # (batch, T, channels)
+    weight: Tensor,          # (channels, K), fp32
+    bias: Tensor | None,     # (channels), fp32
+    seq_idx: Tensor | None,  # (batch, T)
+    window: Tensor | None,   # (batch, K - 1, channels)
+) -> Tensor:                 # (batch, T, channels), fp32
+    "A window stands before its row and is cut off again."
+    past = 0 if window is None else window.shape[1]
+    if window is not None: x = torch.cat([window, x.to(window.dtype)], 1)
+    reach = torch.arange(x.shape[1]) - document_starts(seq_idx, x.shape[:2])
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return LoopConv.apply(x, weight, bias, reach.clamp(max=weight.shape[1] - 1).flatten().int())[:, past:]
+
 # %% ../nbs/06a_ssd.ipynb #c1202ea5
 def causal_conv(
     x: Tensor,                      # (batch, T, channels)
@@ -500,6 +703,8 @@ def causal_conv(
 ) -> Tensor:                        # (batch, T, channels), at least fp32
     "Depthwise causal convolution and SiLU that never looks across a document's start."
     assert window is None or seq_idx is None, "a row that goes on from a window holds one document"
-    real = lambda v: None if v is None else v.to(torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    real = lambda v: None if v is None else v.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return CausalConv.apply(x, real(weight), real(bias), seq_idx, real(window))
+        function = _conv_by_loops if by_loops(x) else CausalConv.apply
+        return function(x, weight.to(dtype), real(bias), seq_idx, real(window))
