@@ -74,7 +74,7 @@ def copy_loop(
     "Numbers as the loops read, transform and write them; to look at."
     for i in range(first, last): write(out, i, exp(read(x[i])) if through == 1 else sigmoid(read(x[i])) if through == 2 else read(x[i]))
 
-# %% ../nbs/06_loops.ipynb #27db8c66
+# %% ../nbs/06_loops.ipynb #ba7a7bfe
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
     "The runtime of PyTorch's threads, where it is GNU's."
@@ -85,20 +85,22 @@ def _openmp() -> ctypes.CDLL | None:
 _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 def team(
-    threads: int,
-    work: Callable[[int], Any],  # takes the number of its thread
+    threads: int,                     # at most
+    work: Callable[[int, int], Any],  # takes the number of its thread, and how many there are
 ) -> None:
     "Do the work on every thread of a team; raises RuntimeError where one fails."
     runtime, done = _openmp(), []
     if runtime is None:
-        with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, range(threads))).clear()
+        with ThreadPoolExecutor(threads) as pool: list(pool.map(work, range(threads), [threads] * threads))
+        return
     def one(_):
-        work(number := runtime.omp_get_thread_num())
-        done.append(number)
+        number, of = runtime.omp_get_thread_num(), runtime.omp_get_num_threads()
+        work(number, of)
+        done.append(of)
     runtime.GOMP_parallel(_WORK(one), None, threads, 0)
-    if sorted(done) != list(range(threads)): raise RuntimeError(f"a loop failed on {threads - len(done)} of {threads} threads; its error stands above")
+    if not done or len(done) != done[0]: raise RuntimeError("a loop failed on one of its threads; the error stands above")
 
-# %% ../nbs/06_loops.ipynb #bc9d870c
+# %% ../nbs/06_loops.ipynb #f38f443a
 PARTS = 8  # of a loop, at most
 
 def parts_of(
@@ -117,11 +119,11 @@ def spread(
     "Run a loop over rows, part by part, on PyTorch's threads."
     size = max(least, -(-n // PARTS))
     parts = [(k, first, min(first + size, n)) for k, first in enumerate(range(0, n, size))]
+    def share(i, of):
+        for part in parts[i * len(parts) // of:(i + 1) * len(parts) // of]: loop(*arguments, *part)
     threads = min(torch.get_num_threads(), len(parts))
-    def share(i):
-        for part in parts[i * len(parts) // threads:(i + 1) * len(parts) // threads]: loop(*arguments, *part)
     if threads > 1: team(threads, share)
-    elif parts: share(0)
+    else: share(0, 1)
 
 # %% ../nbs/06_loops.ipynb #b400641b
 def by_loops(

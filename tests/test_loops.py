@@ -123,9 +123,19 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize("runtime", ("OpenMP", "threads"))
 def test_a_loop_that_fails_is_an_error(monkeypatch, capfd, runtime):
     if runtime == "threads": monkeypatch.setattr(loops, "_openmp", lambda: None)
-    def broken(number):
+    def broken(number, of):
         if number == 1: raise ArithmeticError("broken")
-    with pytest.raises((RuntimeError, ArithmeticError), match="broken|failed on 1 of 2 threads"): team(2, broken)
+    with pytest.raises((RuntimeError, ArithmeticError), match="broken|failed on one of its threads"): team(2, broken)
+
+
+def test_a_smaller_team_does_all_the_work(monkeypatch):
+    runtime, seen = loops._openmp(), []
+    if runtime is None: pytest.skip("PyTorch's runtime is not GNU's here")
+    smaller = type("Smaller", (), {"omp_get_thread_num": runtime.omp_get_thread_num, "omp_get_num_threads": runtime.omp_get_num_threads,
+                                   "GOMP_parallel": lambda self, work, data, threads, flags: runtime.GOMP_parallel(work, data, 1, flags)})()
+    monkeypatch.setattr(loops, "_openmp", lambda: smaller)
+    spread(lambda part, first, last: seen.extend(range(first, last)), 100)
+    assert sorted(seen) == list(range(100))
 
 
 def test_parts_cover_every_row_once():
