@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MATH', 'loop', 'inline', 'f32', 'u32', 'i32', 'u16', 'PARTS', 'read', 'write', 'exp', 'sigmoid', 'copy_loop', 'team',
-           'parts_of', 'spread', 'by_loops', 'numbers', 'rows', 'conv_loop', 'conv_backward_loop', 'norm_loop',
-           'norm_backward_loop', 'scale_loop', 'mix_loop', 'mix_backward_loop', 'join_loop', 'join_backward_loop',
-           'pass_loop', 'dot_loop', 'entropy_loop']
+           'parts_of', 'spread', 'by_loops', 'numbers', 'copied', 'rows', 'conv_loop', 'conv_backward_loop',
+           'norm_loop', 'norm_backward_loop', 'scale_loop', 'mix_loop', 'mix_backward_loop', 'join_loop',
+           'join_backward_loop', 'pass_loop', 'dot_loop', 'entropy_loop']
 
 # %% ../nbs/06_loops.ipynb #0e26ee1d
 import ctypes, functools, sys
@@ -138,6 +138,12 @@ def numbers(
     "A tensor as a loop sees it."
     t = t.detach()
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
+
+def copied(
+    parameter: Tensor,
+) -> np.ndarray:  # fp32
+    "A parameter as a loop sees it: a copy, since memory that NumPy has seen cannot be resized, and `fully_shard` resizes its parameters."
+    return parameter.detach().to(torch.float32, copy=True).numpy()
 
 def rows(
     t: Tensor,  # (..., width)

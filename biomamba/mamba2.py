@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
 from .guards import refuse_upload
-from .loops import by_loops, entropy_loop, f32, norm_backward_loop, norm_loop, numbers, parts_of, rows, spread
+from .loops import by_loops, copied, entropy_loop, f32, norm_backward_loop, norm_loop, numbers, parts_of, rows, spread
 from .runs import Recipe, UserError, mark_restricted
 from .ssd import causal_conv, chunk_scan, scan_step, step_sizes
 
@@ -133,7 +133,7 @@ class LoopNorm(torch.autograd.Function):
 
 def _norm_inputs(x, gate, weight, eps, group) -> tuple:
     "What both loops of the norm take first."
-    return (*rows(x), *rows(x if gate is None else gate), gate is not None, numbers(weight.float().view(-1, group)), f32(eps))
+    return (*rows(x), *rows(x if gate is None else gate), gate is not None, copied(weight.view(-1, group)), f32(eps))
 
 # %% ../nbs/06b_mamba2.ipynb #47cf0805
 def normalize(

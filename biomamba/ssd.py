@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loops import (by_loops, conv_backward_loop, conv_loop, dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop,
+from .loops import (by_loops, conv_backward_loop, conv_loop, copied, dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop,
                             numbers, parts_of, pass_loop, rows, scale_loop, spread)
 
 # %% ../nbs/06a_ssd.ipynb #02c2617b
@@ -405,7 +405,7 @@ def _forward_by_loops(
     added = B.permute(0, 2, 3, 1) @ wide
     states = _pass(added.view(batch, -1, G, B.shape[-1], R, P), d.carry, initial)
     far, y = C.transpose(1, 2) @ states[:, :-1].reshape(n, G, -1, R * P), x.new_empty(x.shape)
-    spread(join_loop, n, numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), numbers(D.flatten()), numbers(y.view(n * Q, -1)))
+    spread(join_loop, n, numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), copied(D.flatten()), numbers(y.view(n * Q, -1)))
     return y, states
 
 # %% ../nbs/06a_ssd.ipynb #5aa0766d
@@ -431,7 +431,7 @@ def _join_backward(own, far, leave, dt, D, x, dy, y) -> tuple[Tensor, ...]:  # g
     "What is made of U, token by token; shapes as above."
     n, Q, G, R, P = x.shape
     dx, xu, ds, dD = y.new_empty(n * Q, G * R * P), y.new_empty(n * Q, G * R), y.new_empty(n * Q, G * R), y.new_zeros(parts_of(n), G * R)
-    spread(join_backward_loop, n, numbers(own), numbers(far), _by_token(leave), _by_token(dt), numbers(D.flatten()), *rows(x.flatten(2)), *rows(dy.flatten(2)),
+    spread(join_backward_loop, n, numbers(own), numbers(far), _by_token(leave), _by_token(dt), copied(D.flatten()), *rows(x.flatten(2)), *rows(dy.flatten(2)),
            *map(numbers, (y.view(n * Q, -1), dx, xu, ds, dD)))
     return dx.view(x.shape), xu.view(dt.shape), ds.view(dt.shape), dD.sum(0).view(D.shape)
 
@@ -666,7 +666,7 @@ class LoopConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, reach):
         ctx.save_for_backward(x, weight, bias, reach)
         y = torch.empty(x.shape, dtype=weight.dtype)
-        spread(conv_loop, len(reach), *rows(x), *map(numbers, (_taps(weight), bias, reach, y.flatten(0, 1))), least=32)
+        spread(conv_loop, len(reach), *rows(x), numbers(_taps(weight)), copied(bias), numbers(reach), numbers(y.flatten(0, 1)), least=32)
         return y
 
     @staticmethod
@@ -675,7 +675,7 @@ class LoopConv(torch.autograd.Function):
         x, weight, bias, reach = ctx.saved_tensors
         w, dx, parts = _taps(weight), torch.empty(x.shape, dtype=x.dtype), parts_of(len(reach), 32)
         dw, db = w.new_zeros(parts, *w.shape), w.new_zeros(parts, w.shape[1])
-        spread(conv_backward_loop, len(reach), *rows(dy), *rows(x), *map(numbers, (w, bias, reach, dx.flatten(0, 1), dw, db)), least=32)
+        spread(conv_backward_loop, len(reach), *rows(dy), *rows(x), numbers(w), copied(bias), *map(numbers, (reach, dx.flatten(0, 1), dw, db)), least=32)
         return dx, dw.sum(0).T.flip(1), db.sum(0), None
 
 # %% ../nbs/06a_ssd.ipynb #990cdfc6

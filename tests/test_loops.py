@@ -158,3 +158,9 @@ def test_strided_rows_are_not_copied():
     assert loops.rows(x.mT)[1] == 4 and numbers(x.bfloat16()).dtype.name == "uint16"
 
 
+
+
+def test_a_parameter_can_still_be_resized():
+    model, ids = new_model(mamba2_config(recipe("tiny", layers=1, d_model=32, vocabulary=64), 64), 0), torch.arange(20)[None]
+    model(ids, labels=ids).loss.backward()
+    assert all(p.untyped_storage().resizable() for p in model.parameters())
