@@ -374,7 +374,7 @@ def join_loop(
     arrive,  # (n · Q, H): decay from the row's start
     x, step, # rows of H · P
     D,       # (H)
-    y,       # (n · Q, H · P): out
+    y, scan, # (n · Q, H · P): with and without the skip; out
     part, first, last,
 ):
     "y = own + arrive · far + D x."
@@ -384,8 +384,10 @@ def join_loop(
         c, i = t // Q, t % Q
         for h in range(H):
             near, passed, row, to = own[c, h, i], far[c, h // R, i, h % R * P:h % R * P + P], x[t * step + h * P:t * step + h * P + P], y[t, h * P:h * P + P]
-            a, d = arrive[t, h], D[h]
-            for p in range(P): to[p] = near[p] + a * passed[p] + d * read(row[p])
+            a, d, bare = arrive[t, h], D[h], scan[t, h * P:h * P + P]
+            for p in range(P):
+                bare[p] = near[p] + a * passed[p]
+                to[p] = bare[p] + d * read(row[p])
 
 # %% ../nbs/06_loops.ipynb #27936390
 @loop
@@ -394,7 +396,7 @@ def join_backward_loop(
     leave, dt,  # (n · Q, H): decay to the row's end; step size
     D,          # (H)
     x, step, dy, dstep,  # rows of H · P
-    y,          # (n · Q, H · P), as `join_loop` left it
+    scan,       # (n · Q, H · P), as `join_loop` left it: y less the skip would be y's rounding where the skip is large
     dx,         # (n · Q, H · P): out
     xu, ds,     # (n · Q, H): x · U; the gradient of s, without what passes through the state; out
     dD,         # (parts, H): added to
@@ -407,12 +409,12 @@ def join_backward_loop(
         c, i = t // Q, t % Q
         for h in range(H):
             near, passed, row, drow = own[c, h, i], far[c, h // R, i, h % R * P:h % R * P + P], x[t * step + h * P:t * step + h * P + P], dy[t * dstep + h * P:t * dstep + h * P + P]
-            out, to, l, d, skip, u_x, dy_y, dy_x = y[t, h * P:h * P + P], dx[t, h * P:h * P + P], leave[t, h], dt[t, h], D[h], f32(0.0), f32(0.0), f32(0.0)
+            out, to, l, d, skip, u_x, dy_y, dy_x = scan[t, h * P:h * P + P], dx[t, h * P:h * P + P], leave[t, h], dt[t, h], D[h], f32(0.0), f32(0.0), f32(0.0)
             for p in range(P):
                 u = near[p] + l * passed[p]
                 to[p] = u * d + drow[p] * skip
                 u_x, dy_y, dy_x = u_x + row[p] * u, dy_y + drow[p] * out[p], dy_x + drow[p] * row[p]
-            xu[t, h], ds[t, h] = u_x, dy_y - skip * dy_x - d * u_x
+            xu[t, h], ds[t, h] = u_x, dy_y - d * u_x
             dD[part, h] += dy_x
 
 # %% ../nbs/06_loops.ipynb #36dd80ca
@@ -472,12 +474,15 @@ def entropy_loop(
     part, first, last,
 ):
     "log Σ e^logits − the target's logit; the gradient is softmax minus one at the target."
+    powers = np.empty(logits.shape[1], f32)
     for t in range(first, last):
         row, aim, s = logits[t], targets[t], f32(0.0)
         hit, most = read(row[aim]), _largest(row)
-        for v in range(len(row)): s += exp(read(row[v]) - most)
-        total = most + np.log(s)
-        losses[t] = total - hit
+        for v in range(len(row)):
+            powers[v] = exp(read(row[v]) - most)
+            s += powers[v]
+        losses[t] = most + np.log(s) - hit
         if formed:
-            for v in range(len(row)): write(row, v, exp(read(row[v]) - total) * scale[t])
-            write(row, aim, (exp(hit - total) - f32(1.0)) * scale[t])
+            f = scale[t] / s
+            for v in range(len(row)): write(row, v, powers[v] * f)
+            write(row, aim, powers[aim] * f - scale[t])

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
+from .conv import causal_conv
 from .guards import refuse_upload
 from .loops import by_loops, copied, entropy_loop, f32, norm_backward_loop, norm_loop, numbers, parts_of, rows, spread
 from .runs import Recipe, UserError, mark_restricted
-from .ssd import causal_conv, chunk_scan, scan_step, step_sizes
+from .ssd import chunk_scan, scan_step, step_sizes
 
 # %% ../nbs/06b_mamba2.ipynb #70e9585a
 logger = logging.getLogger(__name__)
@@ -111,12 +112,13 @@ class GatedNorm(torch.autograd.Function):
 
 # %% ../nbs/06b_mamba2.ipynb #415c122c
 class LoopNorm(torch.autograd.Function):
-    "`GatedNorm` by loops; under autocast the result is in the dtype to which the next product would round it."
+    "`GatedNorm` by loops; under autocast to bf16 the result is in bf16, to which the next product would round it."
 
     @staticmethod
     def forward(ctx, x, gate, weight, eps, group):
         ctx.save_for_backward(x, gate, weight); ctx.eps, ctx.group = eps, group
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.promote_types(x.dtype, weight.dtype)
+        halves = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        dtype = torch.bfloat16 if halves else torch.promote_types(x.dtype, weight.dtype)
         out = torch.empty(x.shape, dtype=dtype)
         spread(norm_loop, x[..., 0].numel(), *_norm_inputs(x, gate, weight, eps, group), numbers(out.flatten(0, -2)), least=32)
         return out
@@ -145,7 +147,9 @@ def normalize(
 ) -> Tensor:              # (..., width); by kernel in x's dtype
     "RMSNorm of x, or of x · SiLU(gate), by kernel on a GPU."
     kernels = kernels_for(x)
-    if kernels is None: return (LoopNorm if by_loops(x) else GatedNorm).apply(x, gate, weight, eps, group)
+    if kernels is None:
+        function = LoopNorm if by_loops(x) and (gate is None or by_loops(gate)) else GatedNorm
+        return function.apply(x, gate, weight, eps, group)
     return kernels.normalize(x, weight, None, z=gate, eps=eps, group_size=group, norm_before_gate=False)
 
 class BioMambaRMSNorm(Mamba2RMSNorm):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORGOTTEN', 'recurrence', 'allowed_pairs', 'decay_matrix', 'whole_matrix', 'Decays', 'decays', 'within_chunks',
-           'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'document_starts', 'LoopScan',
-           'step_sizes', 'chunk_scan', 'scan_step', 'CausalConv', 'LoopConv', 'causal_conv']
+           'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'LoopScan', 'step_sizes',
+           'chunk_scan', 'scan_step']
 
 # %% ../nbs/06a_ssd.ipynb #46293f36
 from collections.abc import Sequence
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loops import (by_loops, conv_backward_loop, conv_loop, copied, dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop,
-                            numbers, parts_of, pass_loop, rows, scale_loop, spread)
+from .conv import document_starts
+from .loops import (by_loops, copied, dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop, numbers, parts_of, pass_loop,
+                            rows, scale_loop, spread)
 
 # %% ../nbs/06a_ssd.ipynb #02c2617b
 def _per_head(
@@ -126,20 +127,6 @@ def _slabs(
     step = max(1, cache // numbers)
     return [slice(i, i + step) for i in range(0, rows, step)]
 
-# %% ../nbs/06a_ssd.ipynb #1755893a
-def _heads_first(
-    v: Tensor,  # (rows, Q, G, R, P)
-) -> Tensor:    # (rows, G, R, Q, P)
-    "The layout of products per head."
-    return v.permute(0, 2, 3, 1, 4)
-
-# %% ../nbs/06a_ssd.ipynb #ff4d1a4d
-def _wide(
-    v: Tensor,  # (rows, Q, G, R, P)
-) -> Tensor:    # (rows, G, Q, R * P)
-    "The layout of products per group: the heads side by side."
-    return v.flatten(3).transpose(1, 2)
-
 # %% ../nbs/06a_ssd.ipynb #a27d0a6e
 def within_chunks(
     xdt: Tensor,    # Δ x, (rows, Q, G, R, P)
@@ -153,16 +140,8 @@ def within_chunks(
     for k in _slabs(len(s), s[0, 0].numel() * Q * Q):
         L = decay_matrix(s[k], pairs[k] if len(pairs) > 1 else pairs)
         M = L.mul_((C[k].transpose(1, 2) @ B[k].permute(0, 2, 3, 1)).unsqueeze(2))
-        out[k] = (M @ _heads_first(xdt[k])).permute(0, 3, 1, 2, 4)
+        out[k] = (M @ xdt[k].permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
     return out
-
-# %% ../nbs/06a_ssd.ipynb #a1c0de01
-def _over_channels(
-    carry: Tensor,   # (batch, chunks, G, 1, R, 1)
-    states: Tensor,  # gives P, (batch, chunks, G, N, R, P)
-) -> Tensor:         # (batch, chunks, G, 1, R * P)
-    "A factor of each head, written out for its channels: long rows are what a processor multiplies fast."
-    return carry.expand(*carry.shape[:5], states.shape[5]).flatten(4)
 
 # %% ../nbs/06a_ssd.ipynb #e77017aa
 def pass_states(
@@ -173,9 +152,7 @@ def pass_states(
     "Step 3, the only loop over time."
     states = added.new_empty(added.shape[0], added.shape[1] + 1, *added.shape[2:])
     states[:, 0] = 0 if initial is None else initial
-    flat, new, carry = states.flatten(4), added.flatten(4), _over_channels(carry, added)
-    for c in range(added.shape[1]):
-        torch.addcmul(new[:, c], flat[:, c], carry[:, c], out=flat[:, c + 1])
+    for c in range(added.shape[1]): states[:, c + 1] = added[:, c] + carry[:, c] * states[:, c]
     return states
 
 # %% ../nbs/06a_ssd.ipynb #4deeb361
@@ -193,7 +170,7 @@ def _forward(
     "The four steps."
     rows, Q, G, R, P = x.shape
     y = within_chunks(x * dt.unsqueeze(-1), s, B, C, pairs)
-    added = B.permute(0, 2, 3, 1) @ _wide(x * (dt * d.leave).unsqueeze(-1))
+    added = B.permute(0, 2, 3, 1) @ (x * (dt * d.leave).unsqueeze(-1)).flatten(3).transpose(1, 2)
     states = pass_states(added.view(batch, -1, G, B.shape[-1], R, P), d.carry.view(batch, -1, G, 1, R, 1), initial)
     arrived = C.transpose(1, 2) @ states[:, :-1].reshape(rows, G, -1, R * P)
     return y.addcmul_(arrived.transpose(1, 2).reshape(x.shape), d.arrive.unsqueeze(-1)), states
@@ -214,8 +191,8 @@ def within_chunks_backward(
     Q = s.shape[1]
     for k in _slabs(len(s), 2 * s[0, 0].numel() * Q * Q):
         L = decay_matrix(s[k], pairs[k] if len(pairs) > 1 else pairs)
-        b, c, dyh = B[k].transpose(1, 2), C[k].transpose(1, 2), _heads_first(dy[k]).contiguous()
-        dG = (dyh @ _heads_first(xdt[k]).contiguous().transpose(-1, -2)).mul_(L).sum(2)
+        b, c, dyh = B[k].transpose(1, 2), C[k].transpose(1, 2), dy[k].permute(0, 2, 3, 1, 4).contiguous()
+        dG = (dyh @ xdt[k].permute(0, 2, 3, 1, 4).contiguous().transpose(-1, -2)).mul_(L).sum(2)
         M = L.mul_((c @ b.transpose(-1, -2)).unsqueeze(2))
         u[k] += (M.transpose(-1, -2) @ dyh).permute(0, 3, 1, 2, 4)
         dB[k] += dG.transpose(-1, -2) @ c
@@ -230,9 +207,7 @@ def pass_states_backward(
     "Step 3 backwards in time."
     grads = read.new_empty(read.shape[0], read.shape[1] + 1, *read.shape[2:])
     grads[:, -1] = 0 if last is None else last
-    flat, new, carry = grads.flatten(4), read.flatten(4), _over_channels(carry, read)
-    for c in reversed(range(read.shape[1])):
-        torch.addcmul(new[:, c], flat[:, c + 1], carry[:, c], out=flat[:, c])
+    for c in reversed(range(read.shape[1])): grads[:, c] = read[:, c] + carry[:, c] * grads[:, c + 1]
     return grads
 
 # %% ../nbs/06a_ssd.ipynb #025de443
@@ -249,13 +224,13 @@ def _states_backward(
     "Steps 2 to 4 backwards."
     rows, Q, G, R, P = x.shape
     flat = lambda v: v.reshape(rows, G, -1, R * P)
-    arrived = _wide(dy * d.arrive.unsqueeze(-1))
+    arrived = (dy * d.arrive.unsqueeze(-1)).flatten(3).transpose(1, 2)
     dC = arrived @ flat(states[:, :-1]).transpose(-1, -2)
     read = (C.permute(0, 2, 3, 1) @ arrived).view(states[:, 1:].shape)
     grads = pass_states_backward(read, d.carry.view(len(states), -1, G, 1, R, 1), last)
     after = flat(grads[:, 1:])
     u = (B.transpose(1, 2) @ after).transpose(1, 2).reshape(x.shape) * d.leave.unsqueeze(-1)
-    dB = _wide(x * (dt * d.leave).unsqueeze(-1)) @ after.transpose(-1, -2)
+    dB = (x * (dt * d.leave).unsqueeze(-1)).flatten(3).transpose(1, 2) @ after.transpose(-1, -2)
     return u, dB, dC, grads
 
 # %% ../nbs/06a_ssd.ipynb #6078dd94
@@ -308,16 +283,6 @@ class ChunkScan(torch.autograd.Function):
             if dy is None: dy = torch.zeros_like(saved[0])
             *grads, initial = _backward(saved, dy, last)
             return *grads, initial if ctx.has_initial else None, None, None
-
-# %% ../nbs/06a_ssd.ipynb #18ae56ef
-def document_starts(
-    seq_idx: Tensor | None,  # (rows, length)
-    shape: Sequence[int],    # (rows, length)
-) -> Tensor:                 # (rows, length), int32
-    "Where in its row each token's document starts."
-    if seq_idx is None: return torch.zeros(*shape, dtype=torch.int32)
-    first = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return torch.cummax(torch.where(first, torch.arange(shape[1]), 0), 1)[0].int()
 
 # %% ../nbs/06a_ssd.ipynb #04d58068
 def _by_token(
@@ -397,16 +362,16 @@ def _forward_by_loops(
     start: Tensor,           # (rows, Q)
     d: Decays,
     batch: int,              # sequences
-) -> tuple[Tensor, Tensor]:  # outputs (rows, Q, G, R, P), states (batch, chunks + 1, G, N, R, P)
+) -> tuple[Tensor, Tensor, Tensor]:  # outputs, with and without the skip (rows, Q, G, R, P); states (batch, chunks + 1, G, N, R, P)
     "The four steps."
     n, Q, G, R, P = x.shape
     heads, wide = _layouts(x, dt, dt * d.leave)
     own = _mixed(heads, s, start, _products(C, B))
     added = B.permute(0, 2, 3, 1) @ wide
     states = _pass(added.view(batch, -1, G, B.shape[-1], R, P), d.carry, initial)
-    far, y = C.transpose(1, 2) @ states[:, :-1].reshape(n, G, -1, R * P), x.new_empty(x.shape)
-    spread(join_loop, n, numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), copied(D.flatten()), numbers(y.view(n * Q, -1)))
-    return y, states
+    far, y, scanned = C.transpose(1, 2) @ states[:, :-1].reshape(n, G, -1, R * P), x.new_empty(x.shape), x.new_empty(x.shape)
+    spread(join_loop, n, numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), copied(D.flatten()), numbers(y.view(n * Q, -1)), numbers(scanned.view(n * Q, -1)))
+    return y, scanned, states
 
 # %% ../nbs/06a_ssd.ipynb #5aa0766d
 def _backward_by_loops(saved: tuple, dy: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
@@ -455,8 +420,8 @@ class LoopScan(torch.autograd.Function):
             s = a.cumsum(1)
             start, d = document_starts(seq_idx, s.shape[:2]), decays(s, seq_idx, batch)
             s = s.flatten(2).transpose(1, 2).contiguous()
-            y, states = _forward_by_loops(x, dt, s, B, C, D, initial, start, d, batch)
-            ctx.save_for_backward(x, dt, s, start, B, C, D, y, states, *d)
+            y, scanned, states = _forward_by_loops(x, dt, s, B, C, D, initial, start, d, batch)
+            ctx.save_for_backward(x, dt, s, start, B, C, D, scanned, states, *d)
             ctx.set_materialize_grads(False)
             ctx.has_initial = initial is not None
             return y, states[:, -1].clone()
@@ -558,153 +523,3 @@ def scan_step(
     h.addcmul_(grouped(xdt, P, 1), B.to(state.dtype)[:, :, None, None, :])
     y = (h.flatten(2, 3) @ C.to(state.dtype).unsqueeze(-1)).view(b, H, P)
     return (y if D is None else torch.addcmul(y, x.to(state.dtype), D.to(state.dtype)[:, None])).to(x.dtype)
-
-# %% ../nbs/06a_ssd.ipynb #28fef878
-def _same_document(
-    seq_idx: Tensor | None,  # (batch, T)
-    taps: int,               # K
-    like: Tensor,            # gives the dtype
-) -> Tensor | None:          # (K, batch, T + K - 1, 1): whether a token and the one k before it are of one document, 1 or 0
-    "Which token may look how far back; beyond the ends 0."
-    if seq_idx is None: return None
-    length, at = seq_idx.shape[1], torch.zeros(taps, len(seq_idx), seq_idx.shape[1] + taps - 1, 1, dtype=like.dtype, device=like.device)
-    for k in range(min(taps, length)): at[k, :, k:length, 0] = seq_idx[:, k:] == seq_idx[:, :length - k]
-    return at
-
-# %% ../nbs/06a_ssd.ipynb #15c217bb
-def _with_past(
-    x: Tensor,               # (batch, T, channels)
-    k: slice,                # tokens
-    taps: int,               # K
-    window: Tensor | None,   # (batch, K - 1, channels): the inputs before the first
-    dtype: torch.dtype,
-) -> Tensor:                 # (batch, tokens + K - 1, channels)
-    "Some tokens, and the K - 1 inputs before them."
-    if k.start >= taps - 1: return x[:, k.start - taps + 1:k.stop].to(dtype)
-    before = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if window is None else window
-    return torch.cat([before[:, k.start:].to(dtype), x[:, :k.stop].to(dtype)], 1)
-
-# %% ../nbs/06a_ssd.ipynb #a1c0de10
-def _conv_sum(
-    past: Tensor,           # (batch, tokens + K - 1, channels), from `_with_past`
-    weight: Tensor,         # (K, channels), the first row for the token itself
-    bias: Tensor | None,    # (channels)
-    same: Tensor | None,    # (K, batch, tokens, 1), from `_same_document`
-) -> Tensor:                # (batch, tokens, channels)
-    "The convolution before its SiLU."
-    taps = len(weight)
-    lagged = lambda k: past[:, taps - 1 - k:past.shape[1] - k]
-    y = lagged(0) * weight[0] if bias is None else torch.addcmul(bias, lagged(0), weight[0])
-    for k in range(1, taps): y.addcmul_(lagged(k) if same is None else lagged(k) * same[k], weight[k])
-    return y
-
-# %% ../nbs/06a_ssd.ipynb #a1c0de11
-def _token_slabs(
-    x: Tensor,             # (batch, T, channels)
-    cache: int = 1 << 17,  # numbers to hold at a time; 0.5 MB in fp32
-) -> list[slice]:
-    "Consecutive tokens of all rows that fit the cache; all at once on a GPU."
-    step = x.shape[1] if x.is_cuda else max(16, cache // (x.shape[0] * x.shape[2]))
-    return [slice(a, min(a + step, x.shape[1])) for a in range(0, x.shape[1], step)]
-
-# %% ../nbs/06a_ssd.ipynb #a1c0de12
-def _conv_backward(
-    dz: Tensor,             # gradient before the SiLU, (batch, tokens + K - 1, channels), zero beyond the end
-    past: Tensor,           # (batch, tokens + K - 1, channels)
-    weight: Tensor,         # (K, channels)
-    same: Tensor | None,    # (K, batch, tokens + K - 1, 1)
-    dw: Tensor,             # gradient of weight, added to in place
-) -> Tensor:                # gradient of the tokens' inputs, (batch, tokens, channels)
-    "What the outputs of some tokens and of the K - 1 after them give back."
-    taps, n = len(weight), dz.shape[1] - len(weight) + 1
-    dx = dz[:, :n] * weight[0]
-    for k in range(taps):
-        own, later = dz[:, :n], dz[:, k:k + n]
-        if same is not None: own, later = own * same[k, :, :n], later * same[k, :, k:k + n]
-        if k: dx.addcmul_(later, weight[k])
-        dw[k] += (own * past[:, taps - 1 - k:][:, :n]).sum((0, 1))
-    return dx
-
-# %% ../nbs/06a_ssd.ipynb #1ac89de5
-class CausalConv(torch.autograd.Function):
-    "The convolution and its SiLU, a cacheful of tokens at a time, keeping only its input."
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, seq_idx, window):
-        ctx.save_for_backward(x, weight, bias, seq_idx, window)
-        w, taps, y = weight.flip(1).T.contiguous(), weight.shape[1], torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-        same = _same_document(seq_idx, taps, weight)
-        for k in _token_slabs(x):
-            z = _conv_sum(_with_past(x, k, taps, window, w.dtype), w, bias, None if same is None else same[:, :, k])
-            torch.ops.aten.silu.out(z, out=y[:, k])
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, seq_idx, window = ctx.saved_tensors
-        w, taps, T, dx = weight.flip(1).T.contiguous(), weight.shape[1], x.shape[1], torch.empty_like(x)
-        same, dw, db = _same_document(seq_idx, taps, weight), torch.zeros_like(w), torch.zeros_like(w[0])
-        for k in _token_slabs(x):
-            wide = slice(k.start, k.stop + taps - 1)  # the tokens that read these inputs
-            past = _with_past(x, slice(k.start, min(wide.stop, T)), taps, window, w.dtype)
-            masks = None if same is None else same[:, :, wide]
-            dz = torch.ops.aten.silu_backward(dy[:, wide], _conv_sum(past, w, bias, None if masks is None else masks[:, :, :past.shape[1] - taps + 1]))
-            dz = F.pad(dz, (0, 0, 0, wide.stop - k.start - dz.shape[1]))
-            dx[:, k] = _conv_backward(dz, past, w, masks, dw)
-            if bias is not None: db += dz[:, :k.stop - k.start].sum((0, 1))
-        return dx, dw.T.flip(1), None if bias is None else db, None, None
-
-# %% ../nbs/06a_ssd.ipynb #616b3af7
-def _taps(weight: Tensor) -> Tensor:  # (channels, K) to (K, channels), the first for the token itself
-    return weight.flip(1).T.contiguous()
-
-class LoopConv(torch.autograd.Function):
-    "`CausalConv` by loops."
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, reach):
-        ctx.save_for_backward(x, weight, bias, reach)
-        y = torch.empty(x.shape, dtype=weight.dtype)
-        spread(conv_loop, len(reach), *rows(x), numbers(_taps(weight)), copied(bias), numbers(reach), numbers(y.flatten(0, 1)), least=32)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, reach = ctx.saved_tensors
-        w, dx, parts = _taps(weight), torch.empty(x.shape, dtype=x.dtype), parts_of(len(reach), 32)
-        dw, db = w.new_zeros(parts, *w.shape), w.new_zeros(parts, w.shape[1])
-        spread(conv_backward_loop, len(reach), *rows(dy), *rows(x), numbers(w), copied(bias), *map(numbers, (reach, dx.flatten(0, 1), dw, db)), least=32)
-        return dx, dw.sum(0).T.flip(1), db.sum(0), None
-
-# %% ../nbs/06a_ssd.ipynb #990cdfc6
-def _conv_by_loops(
-    x: Tensor,               # (batch, T, channels)
-    weight: Tensor,          # (channels, K), fp32
-    bias: Tensor | None,     # (channels), fp32
-    seq_idx: Tensor | None,  # (batch, T)
-    window: Tensor | None,   # (batch, K - 1, channels)
-) -> Tensor:                 # (batch, T, channels), fp32
-    "A window stands before its row and is cut off again."
-    past = 0 if window is None else window.shape[1]
-    if window is not None: x = torch.cat([window, x.to(window.dtype)], 1)
-    reach = torch.arange(x.shape[1]) - document_starts(seq_idx, x.shape[:2])
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return LoopConv.apply(x, weight, bias, reach.clamp(max=weight.shape[1] - 1).flatten().int())[:, past:]
-
-# %% ../nbs/06a_ssd.ipynb #c1202ea5
-def causal_conv(
-    x: Tensor,                      # (batch, T, channels)
-    weight: Tensor,                 # (channels, K), the last column for the token itself
-    bias: Tensor | None = None,     # (channels)
-    seq_idx: Tensor | None = None,  # (batch, T), number of the document
-    window: Tensor | None = None,   # (batch, K - 1, channels): inputs before the first, of document 0; not differentiated
-) -> Tensor:                        # (batch, T, channels), at least fp32
-    "Depthwise causal convolution and SiLU that never looks across a document's start."
-    assert window is None or seq_idx is None, "a row that goes on from a window holds one document"
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    real = lambda v: None if v is None else v.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        function = _conv_by_loops if by_loops(x) else CausalConv.apply
-        return function(x, weight.to(dtype), real(bias), seq_idx, real(window))

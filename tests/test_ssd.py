@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from biomamba.ssd import causal_conv, chunk_scan, recurrence, scan_step, step_sizes
+from biomamba.conv import causal_conv
+from biomamba.ssd import chunk_scan, recurrence, scan_step, step_sizes
 
 
 def tensors(seed, batch, T, groups, per_group, width, state, dtype=torch.float64):
