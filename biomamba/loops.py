@@ -28,12 +28,16 @@ inline = njit(inline="always", fastmath=MATH, error_model="numpy")
 # %% ../nbs/06_loops.ipynb #5ba99aa5
 f32, u32, i32, u16 = np.float32, np.uint32, np.int32, np.uint16
 
-def read(v): raise NotImplementedError("in compiled code only")
-def write(row, i, v): raise NotImplementedError("in compiled code only")
+def read(v):
+    "A number of fp32 or bf16, as fp32."
+    raise NotImplementedError("in compiled code only")
+
+def write(row, i, v):
+    "Put fp32 into place i of a row of fp32 or bf16."
+    raise NotImplementedError("in compiled code only")
 
 @overload(read, inline="always")
 def _read(v):
-    "A number of fp32 or bf16, as fp32."
     if v == types.uint16: return lambda v: u32(u32(v) << u32(16)).view(f32)
     return lambda v: v
 
@@ -46,12 +50,12 @@ def _plain(row, i, v): row[i] = v
 
 @overload(write, inline="always")
 def _write(row, i, v):
-    "Put fp32 into a row of fp32 or bf16."
     return _rounded if row.dtype == types.uint16 else _plain
 
 # %% ../nbs/06_loops.ipynb #080ee3c1
 @inline
 def exp(x):
+    "e to a number of fp32, in compiled code."
     x = f32(-87.0) if x < f32(-87.0) else f32(88.0) if x > f32(88.0) else x
     n = np.floor(x * f32(1.44269504) + f32(0.5))
     r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)  # log 2 in two parts
@@ -61,7 +65,9 @@ def exp(x):
     return (p * r * r + r + f32(1.0)) * u32(u32(i32(n) + i32(127)) << u32(23)).view(f32)
 
 @inline
-def sigmoid(z): return f32(1.0) / (f32(1.0) + exp(-z))
+def sigmoid(z):
+    "1 / (1 + e⁻ᶻ), in compiled code."
+    return f32(1.0) / (f32(1.0) + exp(-z))
 
 # %% ../nbs/06_loops.ipynb #85128be9
 @loop
