@@ -30,11 +30,11 @@ f32, u32, i32, u16 = np.float32, np.uint32, np.int32, np.uint16
 
 def read(v):
     "A number of fp32 or bf16, as fp32."
-    raise NotImplementedError("in compiled code only")
+    return (u32(v) << u32(16)).view(f32) if isinstance(v, u16) else v
 
 def write(row, i, v):
     "Put fp32 into place i of a row of fp32 or bf16."
-    raise NotImplementedError("in compiled code only")
+    (_rounded if row.dtype == u16 else _plain)(row, i, v)
 
 @overload(read, inline="always")
 def _read(v):
@@ -207,6 +207,7 @@ def _give_back(z, x, step, w, t, k, ring, dw, inside, first):
     elif t - k >= first:
         for c in range(C): to[c] += z[c] * wk[c]
 
+# %% ../nbs/06_loops.ipynb #ff6cc871
 @loop
 def conv_backward_loop(
     dy, dstep,  # rows of gradients
@@ -284,6 +285,7 @@ def _gate_gradient(d, x, z, gated, w, n, a, m, r, dx, dz):
     else:
         for c in range(len(n)): write(dx, c, (read(d[c]) * w[c] - n[c] * m) * r)
 
+# %% ../nbs/06_loops.ipynb #d48f468b
 @loop
 def norm_backward_loop(
     d, dstep,  # rows of gradients

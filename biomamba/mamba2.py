@@ -133,6 +133,7 @@ class LoopNorm(torch.autograd.Function):
         spread(norm_backward_loop, n, *rows(dout), *_norm_inputs(x, gate, weight, ctx.eps, ctx.group), *out, least=32)
         return dx, None if gate is None else dgate, dw.sum(0).flatten().to(weight.dtype), None, None
 
+# %% ../nbs/06b_mamba2.ipynb #37a75cf5
 def _norm_inputs(x, gate, weight, eps, group) -> tuple:
     "What both loops of the norm take first."
     return (*rows(x), *rows(x if gate is None else gate), gate is not None, copied(weight.view(-1, group)), f32(eps))

@@ -130,10 +130,8 @@ def test_a_loop_that_fails_is_an_error(monkeypatch, capfd, runtime):
 
 
 def test_a_smaller_team_does_all_the_work(monkeypatch):
-    runtime, seen = loops._openmp(), []
-    if runtime is None: pytest.skip("PyTorch's runtime is not GNU's here")
-    smaller = type("Smaller", (), {"omp_get_thread_num": runtime.omp_get_thread_num, "omp_get_num_threads": runtime.omp_get_num_threads,
-                                   "GOMP_parallel": lambda self, work, data, threads, flags: runtime.GOMP_parallel(work, data, 1, flags)})()
+    smaller = type("Smaller", (), {"omp_get_thread_num": lambda self: 0, "omp_get_num_threads": lambda self: 1, "GOMP_parallel": lambda self, work, *rest: work(None)})()
+    seen = []
     monkeypatch.setattr(loops, "_openmp", lambda: smaller)
     spread(lambda part, first, last: seen.extend(range(first, last)), 100)
     assert sorted(seen) == list(range(100))
@@ -157,8 +155,6 @@ def test_strided_rows_are_not_copied():
     line, distance = loops.rows(x[:, 2:5])
     assert distance == 6 and line[6] == x[1, 2]
     assert loops.rows(x.mT)[1] == 4 and numbers(x.bfloat16()).dtype.name == "uint16"
-
-
 
 
 def test_a_parameter_can_still_be_resized():
