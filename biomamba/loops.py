@@ -30,7 +30,7 @@ f32, u32, i32, u16 = np.float32, np.uint32, np.int32, np.uint16
 
 def read(v):
     "A number of fp32 or bf16, as fp32."
-    return (u32(v) << u32(16)).view(f32) if isinstance(v, u16) else v
+    return (u32(v) << u32(16)).view(f32) if v.dtype == u16 else v
 
 def write(row, i, v):
     "Put fp32 into place i of a row of fp32 or bf16."
