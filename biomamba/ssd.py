@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORGOTTEN', 'recurrence', 'allowed_pairs', 'decay_matrix', 'whole_matrix', 'Decays', 'decays', 'within_chunks',
-           'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'LoopScan', 'step_sizes',
-           'chunk_scan', 'scan_step']
+           'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'Kept', 'scan_forward',
+           'scan_backward', 'LoopScan', 'step_sizes', 'cut', 'chunk_scan']
 
 # %% ../nbs/06a_ssd.ipynb #46293f36
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .conv import document_starts
-from .loops import (by_loops, copied, dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop, numbers, parts_of, pass_loop,
-                            rows, scale_loop, spread)
+from .loops import by_loops, copied, numbers, parts_of, product_dtype, rows, spread
+from .scan_loops import dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop, pass_loop, scale_loop
 
 # %% ../nbs/06a_ssd.ipynb #02c2617b
 def _per_head(
@@ -295,18 +295,23 @@ def _layouts(
     x: Tensor,   # (rows, Q, G, R, P)
     f: Tensor,   # (rows, Q, G, R): factor of the first
     fw: Tensor,  # (rows, Q, G, R): factor of the second
+    dtype: torch.dtype,      # of the products
 ) -> tuple[Tensor, Tensor]:  # (rows, H, Q, P) and (rows, G, Q, R · P)
     "What every head reads, scaled, for products per head and for products per group."
     n, Q, G, R, P = x.shape
-    heads, wide = x.new_empty(n, G * R, Q, P), x.new_empty(n, G, Q, R * P)
+    heads, wide = x.new_empty(n, G * R, Q, P, dtype=dtype), x.new_empty(n, G, Q, R * P, dtype=dtype)
     spread(scale_loop, n, *rows(x.flatten(2)), _by_token(f), _by_token(fw), numbers(heads), numbers(wide))
     return heads, wide
 
-# %% ../nbs/06a_ssd.ipynb #1063eb1c
-def _products(C: Tensor, B: Tensor) -> Tensor:  # (rows, G, Q, Q)
-    "C Bᵀ of each group."
-    return C.transpose(1, 2) @ B.permute(0, 2, 3, 1)
+# %% ../nbs/06a_ssd.ipynb #4357d91a
+def _by_group(v: Tensor, dtype: torch.dtype) -> Tensor:  # (rows, Q, G, N) to (rows, G, Q, N)
+    return v.to(dtype).transpose(1, 2)
 
+def _products(C: Tensor, B: Tensor) -> Tensor:  # (rows, G, Q, Q)
+    "C Bᵀ of each group, in fp32: it is rounded once, with its decay."
+    return _by_group(C, torch.float32) @ _by_group(B, torch.float32).mT
+
+# %% ../nbs/06a_ssd.ipynb #1063eb1c
 def _mixed(
     xdt: Tensor,     # Δ x, (rows, H, Q, P)
     s: Tensor,       # (rows, H, Q)
@@ -316,123 +321,136 @@ def _mixed(
     "Step 1, some rows at a time."
     (n, H, Q), out = s.shape, torch.empty_like(xdt)
     for k in _slabs(n, H * Q * Q, cache=1 << 22):  # fewer calls than above: nothing is read twice
-        M = s.new_empty(len(s[k]), H, Q, Q)
+        M = xdt.new_empty(len(s[k]), H, Q, Q)
         spread(mix_loop, len(M) * H, *map(numbers, (s[k], start[k], G[k], M)))
         torch.matmul(M, xdt[k], out=out[k])
     return out
 
+# %% ../nbs/06a_ssd.ipynb #edb67540
 def _mixed_backward(
     dy: Tensor,      # (rows, H, Q, P)
     xdt: Tensor,     # Δ x, (rows, H, Q, P)
     s: Tensor,       # (rows, H, Q)
     start: Tensor,   # (rows, Q)
     G: Tensor,       # C Bᵀ, (rows, groups, Q, Q)
-) -> tuple[Tensor, Tensor]:  # gradients of Δ x and of C Bᵀ
+) -> tuple[Tensor, Tensor, Tensor]:  # gradients of Δ x, of C Bᵀ and of s
     "Step 1 backwards."
-    (n, H, Q), du, dG = s.shape, torch.empty_like(xdt), torch.empty_like(G)
+    (n, H, Q), du, dG, ds = s.shape, torch.empty_like(xdt), torch.zeros_like(G), torch.zeros_like(s)
     for k in _slabs(n, 2 * H * Q * Q, cache=1 << 22):
         W = dy[k] @ xdt[k].transpose(-1, -2)
-        spread(mix_backward_loop, len(W) * G.shape[1], *map(numbers, (s[k], start[k], G[k], W, dG[k])))
+        spread(mix_backward_loop, len(W) * G.shape[1], *map(numbers, (s[k], start[k], G[k], W, dG[k], ds[k])))
         torch.matmul(W.transpose(-1, -2), dy[k], out=du[k])
-    return du, dG
+    return du, dG, ds
 
 # %% ../nbs/06a_ssd.ipynb #c25b94b7
 def _pass(
-    new: Tensor,         # (batch, chunks, G, N, R, P)
+    new: Tensor,         # (rows, G, N, R · P)
     carry: Tensor,       # (rows, G, R)
     edge: Tensor | None, # (batch, G, N, R, P): the state before the first, or the gradient after the last; None: 0
+    batch: int,          # sequences
     back: bool = False,
-) -> Tensor:             # (batch, chunks + 1, G, N, R, P)
+) -> tuple[Tensor, Tensor]:  # states before each row, or gradients after it, as `new`; the state beyond the last, or the first, as `edge`
     "Step 3, in either direction of time."
-    batch, chunks, G, N, R, P = new.shape
-    passed = new.new_empty(batch, chunks + 1, G, N, R, P)
-    passed[:, -1 if back else 0] = 0 if edge is None else edge
-    spread(pass_loop, batch * G * N, numbers(new), numbers(carry.reshape(batch, chunks, G, R)), numbers(passed), back)
-    return passed
+    (n, G, N, _), R = new.shape, carry.shape[2]
+    state = new.new_zeros(batch, G, N, R, new.shape[3] // R, dtype=torch.float32)
+    if edge is not None: state.copy_(edge)
+    passed, by_chunk = torch.empty_like(new), lambda v, *shape: numbers(v.view(batch, n // batch, G, *shape))
+    spread(pass_loop, batch * G * N, by_chunk(new, N, R, -1), by_chunk(carry, R), numbers(state), by_chunk(passed, N, R, -1), back)
+    return passed, state
 
 # %% ../nbs/06a_ssd.ipynb #8fb806ec
-def _forward_by_loops(
+class Kept(NamedTuple):
+    "What the gradient needs beside the inputs."
+    s: Tensor       # (rows, H, Q)
+    start: Tensor   # (rows, Q): where a token's document starts
+    before: Tensor  # (rows, G, N, R · P): the state before each row, in the dtype of the products
+    arrive: Tensor  # (rows, Q, G, R); this and the next two as in `Decays`
+    leave: Tensor   # (rows, Q, G, R)
+    carry: Tensor   # (rows, G, R)
+
+# %% ../nbs/06a_ssd.ipynb #4a4fcf0b
+def scan_forward(
     x: Tensor,               # (rows, Q, G, R, P)
     dt: Tensor,              # (rows, Q, G, R)
-    s: Tensor,               # (rows, H, Q)
+    a: Tensor,               # Δ A, (rows, Q, G, R)
     B: Tensor,               # (rows, Q, G, N)
     C: Tensor,               # (rows, Q, G, N)
     D: Tensor,               # (G, R)
     initial: Tensor | None,  # (batch, G, N, R, P)
-    start: Tensor,           # (rows, Q)
-    d: Decays,
+    seq_idx: Tensor | None,  # (rows, Q)
     batch: int,              # sequences
-) -> tuple[Tensor, Tensor, Tensor]:  # outputs, with and without the skip (rows, Q, G, R, P); states (batch, chunks + 1, G, N, R, P)
-    "The four steps."
-    n, Q, G, R, P = x.shape
-    heads, wide = _layouts(x, dt, dt * d.leave)
+    dtype: torch.dtype,      # of the products: fp32 or bf16
+) -> tuple[Tensor, Tensor, Kept]:  # outputs as x, in that dtype; last state as `initial`, fp32
+    "The four steps by loops."
+    s = a.cumsum(1)
+    start, d = document_starts(seq_idx, s.shape[:2]), decays(s, seq_idx, batch)
+    s = s.flatten(2).transpose(1, 2).contiguous()
+    heads, wide = _layouts(x, dt, dt * d.leave, dtype)
     own = _mixed(heads, s, start, _products(C, B))
-    added = B.permute(0, 2, 3, 1) @ wide
-    states = _pass(added.view(batch, -1, G, B.shape[-1], R, P), d.carry, initial)
-    far, y, scanned = C.transpose(1, 2) @ states[:, :-1].reshape(n, G, -1, R * P), x.new_empty(x.shape), x.new_empty(x.shape)
-    spread(join_loop, n, numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), copied(D.flatten()), numbers(y.view(n * Q, -1)), numbers(scanned.view(n * Q, -1)))
-    return y, scanned, states
-
-# %% ../nbs/06a_ssd.ipynb #5aa0766d
-def _backward_by_loops(saved: tuple, dy: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
-    "Gradients of x, dt, Δ A, B, C, D and the initial state, from what `LoopScan` saved."
-    x, dt, s, start, B, C, D, y, states, *factors = saved
-    (n, _, G, R, P), d = x.shape, Decays(*factors)
-    flat = lambda v: v.reshape(n, G, -1, R * P)
-    xdt, leaving = _layouts(x, dt, dt * d.leave)
-    heads, arrived = _layouts(dy, torch.ones_like(dt), d.arrive)
-    read = (C.permute(0, 2, 3, 1) @ arrived).view(states[:, 1:].shape)
-    grads = _pass(read, d.carry, last, back=True)
-    after = flat(grads[:, 1:])
-    own, dG = _mixed_backward(heads, xdt, s, start, _products(C, B))
-    dB = (leaving @ after.transpose(-1, -2)).add_(dG.transpose(-1, -2) @ C.transpose(1, 2))
-    dC = (arrived @ flat(states[:, :-1]).transpose(-1, -2)).add_(dG @ B.transpose(1, 2))
-    dx, xu, ds, dD = _join_backward(own, B.transpose(1, 2) @ after, d.leave, dt, D, x, dy, y)
-    ds[:, -1] += _passed(states, grads)
-    return dx, xu, ds.flip(1).cumsum(1).flip(1), dB.transpose(1, 2), dC.transpose(1, 2), dD, grads[:, 0]
+    before, last = _pass(_by_group(B, dtype).mT @ wide, d.carry, initial, batch)
+    far, y = _by_group(C, dtype) @ before, x.new_empty(x.shape, dtype=dtype)
+    spread(join_loop, len(x), numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), copied(D.flatten()), numbers(y.flatten(2).flatten(0, 1)))
+    return y, last, Kept(s, start, before, *d)
 
 # %% ../nbs/06a_ssd.ipynb #b38b25e0
-def _join_backward(own, far, leave, dt, D, x, dy, y) -> tuple[Tensor, ...]:  # gradients of x, Δ, s without the states, and D
-    "What is made of U, token by token; shapes as above."
-    n, Q, G, R, P = x.shape
-    dx, xu, ds, dD = y.new_empty(n * Q, G * R * P), y.new_empty(n * Q, G * R), y.new_empty(n * Q, G * R), y.new_zeros(parts_of(n), G * R)
-    spread(join_backward_loop, n, numbers(own), numbers(far), _by_token(leave), _by_token(dt), copied(D.flatten()), *rows(x.flatten(2)), *rows(dy.flatten(2)),
-           *map(numbers, (y.view(n * Q, -1), dx, xu, ds, dD)))
-    return dx.view(x.shape), xu.view(dt.shape), ds.view(dt.shape), dD.sum(0).view(D.shape)
+def _join_backward(own, u, far, kept, dt, D, x, dy, dx, ds) -> tuple[Tensor, Tensor, Tensor]:  # gradients of Δ, of each row's last s, and of D
+    "What is made of U, token by token; adds to ds, (rows, H, Q), and writes dx."
+    n, Q, G, R, _ = x.shape
+    xu, left, dD = torch.empty(n * Q, G * R), torch.empty(n, G * R), torch.zeros(parts_of(n), G * R)
+    spread(join_backward_loop, n, numbers(own), numbers(u), _by_token(kept.leave), _by_token(dt), numbers(far), _by_token(kept.arrive), copied(D.flatten()),
+           *rows(x.flatten(2)), *rows(dy.flatten(2)), *rows(dx.flatten(2)), *map(numbers, (xu, ds, left, dD)))
+    return xu.view(dt.shape), left, dD.sum(0).view(D.shape)
 
-def _passed(
-    states: Tensor,  # (batch, chunks + 1, G, N, R, P)
-    grads: Tensor,   # their gradients, the same shape
-) -> Tensor:         # (rows, G, R)
-    "What the state at each chunk's end gives the gradient of s."
-    a, b = (v[:, 1:].flatten(0, 1) for v in (states, grads))
-    out = a.new_empty(len(a), a.shape[1], a.shape[3])
-    spread(dot_loop, len(a), *map(numbers, (a, b, out)))
+def _dot(before: Tensor, after: Tensor, x: Tensor) -> Tensor:  # (rows, G, R)
+    "What the state that passes through each row gives the gradient of its last s."
+    out = torch.zeros(len(x), *x.shape[2:4])
+    spread(dot_loop, len(x), *(numbers(v.unflatten(3, x.shape[3:])) for v in (before, after)), numbers(out))
     return out
+
+# %% ../nbs/06a_ssd.ipynb #5aa0766d
+def scan_backward(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: Kept, batch: int,  # of `scan_forward`
+    dy: Tensor,            # as x
+    last: Tensor | None,   # gradient of the last state, (batch, G, N, R, P)
+    dx: Tensor,            # as x, its rows may stand apart: the gradient of x; out
+) -> tuple[Tensor, ...]:   # gradients of dt, Δ A, B, C, D and the initial state
+    "The four steps backwards by loops."
+    dtype, real = kept.before.dtype, torch.float32
+    xdt, leaving = _layouts(x, dt, dt * kept.leave, dtype)
+    heads, arrived = _layouts(dy, torch.ones_like(dt), kept.arrive, dtype)
+    after, first = _pass(_by_group(C, dtype).mT @ arrived, kept.carry, last, batch, back=True)
+    own, dG, ds = _mixed_backward(heads, xdt, kept.s, kept.start, _products(C, B))
+    dB = (leaving @ after.mT).to(real) + dG.mT @ _by_group(C, real)
+    dC = (arrived @ kept.before.mT).to(real) + dG @ _by_group(B, real)
+    u, far = _by_group(B, dtype) @ after, _by_group(C, dtype) @ kept.before
+    xu, left, dD = _join_backward(own, u, far, kept, dt, D, x, dy, dx, ds)
+    ds[:, :, -1] += left + (kept.carry * _dot(kept.before, after, x)).flatten(1)
+    da = ds.flip(2).cumsum(2).flip(2).transpose(1, 2).reshape(dt.shape)
+    return xu, da, dB.transpose(1, 2), dC.transpose(1, 2), dD, first
 
 # %% ../nbs/06a_ssd.ipynb #59c583a0
 class LoopScan(torch.autograd.Function):
-    "`ChunkScan` by loops."
+    "`ChunkScan` by loops; under autocast to bf16 its products are in bf16."
 
     @staticmethod
     def forward(ctx, x, dt, a, B, C, D, initial, seq_idx, batch):
+        dtype = product_dtype()
         with torch.autocast("cpu", enabled=False):
-            s = a.cumsum(1)
-            start, d = document_starts(seq_idx, s.shape[:2]), decays(s, seq_idx, batch)
-            s = s.flatten(2).transpose(1, 2).contiguous()
-            y, scanned, states = _forward_by_loops(x, dt, s, B, C, D, initial, start, d, batch)
-            ctx.save_for_backward(x, dt, s, start, B, C, D, scanned, states, *d)
-            ctx.set_materialize_grads(False)
-            ctx.has_initial = initial is not None
-            return y, states[:, -1].clone()
+            y, last, kept = scan_forward(x, dt, a, B, C, D, initial, seq_idx, batch, dtype)
+        ctx.save_for_backward(x, dt, B, C, D, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.batch, ctx.has_initial = batch, initial is not None
+        return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, last):
-        saved = ctx.saved_tensors  # read once, or recomputing activations fails
+        x, dt, B, C, D, *kept = ctx.saved_tensors  # read once, or recomputing activations fails
+        dx = torch.empty(x.shape, dtype=x.dtype)
         with torch.autocast("cpu", enabled=False):
-            *grads, initial = _backward_by_loops(saved, torch.zeros_like(saved[0]) if dy is None else dy, last)
-            return *grads, initial if ctx.has_initial else None, None, None
+            dy = torch.zeros_like(dx) if dy is None else dy
+            *grads, initial = scan_backward(x, dt, B, C, D, Kept(*kept), ctx.batch, dy, last, dx)
+            return dx, *grads, initial if ctx.has_initial else None, None, None
 
 # %% ../nbs/06a_ssd.ipynb #c7d02f94
 def step_sizes(
@@ -448,16 +466,19 @@ def step_sizes(
     return dt if tuple(dt_limit) == (0.0, float("inf")) and dt_softplus else dt.clamp(*dt_limit)
 
 # %% ../nbs/06a_ssd.ipynb #4b783440
-def _cut(
-    v: Tensor,     # (batch, T, ...)
-    chunks: int,   # chunks per sequence
-    Q: int,        # their length
-    *shape: int,   # what the last axes become
-) -> Tensor:       # (batch * chunks, Q, *shape), padded with zeros
+def cut(
+    v: Tensor,          # (batch, T, ...)
+    longest: int,       # chunk, tokens
+    last: bool = False, # whether the last token fills a sequence up, and not zeros
+) -> Tensor:            # (rows, Q, ...): the chunks of all sequences, of the same length
     "A sequence cut into chunks; a view where nothing has to be added."
-    extra = chunks * Q - v.shape[1]
-    if extra: v = torch.cat([v, v.new_zeros(v.shape[0], extra, *v.shape[2:])], 1)
-    return v.reshape(-1, Q, *shape)
+    T = v.shape[1]
+    chunks = -(-T // longest)
+    Q = -(-T // chunks)
+    if chunks * Q > T:
+        more = v[:, -1:] if last else v.new_zeros(v.shape[0], 1, *v.shape[2:])
+        v = torch.cat([v, more.expand(-1, chunks * Q - T, *v.shape[2:])], 1)
+    return v.reshape(-1, Q, *v.shape[2:])
 
 # %% ../nbs/06a_ssd.ipynb #fa7eda51
 def chunk_scan(
@@ -476,17 +497,16 @@ def chunk_scan(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:       # (batch, T, H, P) as x; with the last states (batch, H, P, N) if asked for
     "The scan of one Mamba-2 layer, in chunks, differentiable in every tensor."
-    (b, T, H, P), (G, N), real = x.shape, B.shape[2:], torch.promote_types(x.dtype, torch.float32)
-    chunks = -(-T // chunk_size); Q = -(-T // chunks)
-    cut = lambda v, *shape: _cut(v.to(real), chunks, Q, *shape)
+    (b, T, H, P), G, real = x.shape, B.shape[2], torch.promote_types(x.dtype, torch.float32)
+    function = LoopScan if by_loops(x) else ChunkScan
+    piece = lambda v: cut(v if function is LoopScan else v.to(real), chunk_size)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit).to(real)
-    ids = None if seq_idx is None else F.pad(seq_idx.float(), (0, chunks * Q - T), mode="replicate").view(-1, Q)
+    ids = None if seq_idx is None else cut(seq_idx, chunk_size, last=True)
     D = x.new_zeros(H, dtype=real) if D is None else D.to(real)
     start = None if initial_states is None else _state_in(initial_states.to(real), G)
-    function = LoopScan if by_loops(x) else ChunkScan
-    y, last = function.apply(cut(x, G, H // G, P), cut(dt, G, H // G), cut(dt * A.to(real), G, H // G),
-                             cut(B, G, N), cut(C, G, N), D.view(G, H // G), start, ids, b)
-    y = y.reshape(b, chunks * Q, H, P)[:, :T].to(x.dtype)
+    heads = lambda v: v.unflatten(2, (G, -1))
+    y, last = function.apply(heads(piece(x)), heads(piece(dt)), heads(piece(dt * A.to(real))), piece(B), piece(C), D.view(G, -1), start, ids, b)
+    y = y.reshape(b, -1, H, P)[:, :T].to(x.dtype)
     return (y, _state_out(last)) if return_final_states else y
 
 # %% ../nbs/06a_ssd.ipynb #ae317925
@@ -502,24 +522,3 @@ def _state_out(
 ) -> Tensor:    # (batch, H, P, N)
     "A state as mamba-ssm writes it."
     return v.permute(0, 1, 3, 4, 2).flatten(1, 2)
-
-# %% ../nbs/06a_ssd.ipynb #eafbf6ed
-def scan_step(
-    state: Tensor,             # (batch, H, P, N), updated in place
-    x: Tensor,                 # (batch, H, P)
-    dt: Tensor,                # (batch, H), as it multiplies
-    A: Tensor,                 # (H)
-    B: Tensor,                 # (batch, G, N)
-    C: Tensor,                 # (batch, G, N)
-    D: Tensor | None = None,   # (H)
-) -> Tensor:                   # (batch, H, P) as x
-    "One step of the recurrence, without gradients."
-    b, H, P, N = state.shape
-    G = B.shape[1]
-    grouped = lambda v, *shape: v.to(state.dtype).view(b, G, H // G, *shape)
-    xdt = (x * dt.unsqueeze(-1)).to(state.dtype)
-    state.mul_(torch.exp(dt * A).to(state.dtype)[..., None, None])
-    h = state.view(b, G, H // G, P, N)
-    h.addcmul_(grouped(xdt, P, 1), B.to(state.dtype)[:, :, None, None, :])
-    y = (h.flatten(2, 3) @ C.to(state.dtype).unsqueeze(-1)).view(b, H, P)
-    return (y if D is None else torch.addcmul(y, x.to(state.dtype), D.to(state.dtype)[:, None])).to(x.dtype)

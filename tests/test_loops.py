@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biomamba import conv, loops, mamba2, ssd
+from biomamba import conv, layer, loops, mamba2, ssd
 from biomamba.conv import LoopConv, causal_conv
 from biomamba.loops import by_loops, numbers, spread, team
-from biomamba.mamba2 import GatedNorm, LoopNorm, mamba2_config, new_model
+from biomamba.mamba2 import mamba2_config, new_model
+from biomamba.norm import GatedNorm, LoopNorm
 from biomamba.recipe import recipe
 from biomamba.ssd import chunk_scan
 
@@ -54,11 +55,13 @@ def test_which_tensors_the_loops_take(monkeypatch):
 
 def test_the_model_takes_the_loops_in_fp32_and_the_definitions_in_fp64(monkeypatch):
     used = []
-    for module, names in ((ssd, ("LoopScan", "ChunkScan")), (conv, ("LoopConv", "CausalConv")), (mamba2, ("LoopNorm", "GatedNorm"))):
+    for module, names in ((ssd, ("LoopScan", "ChunkScan")), (conv, ("LoopConv", "CausalConv")), (mamba2, ("LoopNorm", "GatedNorm")), (layer, ("LoopMixer",))):
         for name in names:
             monkeypatch.setattr(module, name, type(name, (getattr(module, name),), {"apply": classmethod(lambda cls, *a, name=name, real=getattr(module, name): used.append(name) or real.apply(*a))}))
     model, ids = new_model(mamba2_config(recipe("tiny", layers=1, d_model=32, vocabulary=64), 64), 0), torch.arange(20)[None]
     model(ids, labels=ids)
+    assert set(used) == {"LoopMixer", "LoopNorm"}
+    used.clear(); model(ids, labels=ids, use_cache=True)
     assert set(used) == {"LoopScan", "LoopConv", "LoopNorm"}
     used.clear(); model.double()(ids, labels=ids)
     assert set(used) == {"ChunkScan", "CausalConv", "GatedNorm"}

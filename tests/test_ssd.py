@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from biomamba.conv import causal_conv
-from biomamba.ssd import chunk_scan, recurrence, scan_step, step_sizes
+from biomamba.mamba2 import scan_step
+from biomamba.ssd import chunk_scan, recurrence, step_sizes
 
 
 def tensors(seed, batch, T, groups, per_group, width, state, dtype=torch.float64):
