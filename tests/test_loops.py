@@ -1,4 +1,9 @@
 """The loops are held to their definitions in plain PyTorch, in value and gradient, and do not depend on the threads that run them."""
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +169,27 @@ def test_a_parameter_can_still_be_resized():
     model, ids = new_model(mamba2_config(recipe("tiny", layers=1, d_model=32, vocabulary=64), 64), 0), torch.arange(20)[None]
     model(ids, labels=ids).loss.backward()
     assert all(p.untyped_storage().resizable() for p in model.parameters())
+
+
+FAULTS = """
+import resource, torch
+from biomamba.loops import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8): torch.empty(1 << 20).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.empty(1 << 20).fill_(1)
+before, kept = faults(), keep_memory()
+faults()
+print(before, faults(), kept)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+@pytest.mark.parametrize("told", (False, True))
+def test_freed_memory_stays_with_the_process(told):
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    mine = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"} if told else {}
+    before, after, kept = subprocess.run([sys.executable, "-c", FAULTS], env=bare | mine, capture_output=True, text=True, check=True).stdout.split()
+    assert int(before) > 1000 and kept == str(not told)
+    assert int(after) > 1000 if told else int(after) < 100
