@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
-from .products import BLOCK, Job, Product, multiplies, up
+from .products import BLOCK, Job, Product, chain, multiplies, up
 from .runs import UserError
 from .token_loops import WAITING, enter, join, leave, read_out
 
@@ -293,7 +293,8 @@ class LoopStep:
             xbc=new(m.conv_dim), decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
             eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
         self.layers = [self._work(w, memory) for w, memory in zip(layers, memories)]
-        self.norm, self.head = self.layers[0][0][0], head.job(self.narrow, self.logits)
+        self.head = head.job(self.narrow, self.logits)
+        self.steps = [chain(*(job for layer in self.layers for job in layer[k]), self.layers[0][0][0], self.head) for k in range(m.conv_kernel_size)]
 
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
@@ -307,11 +308,9 @@ class LoopStep:
         "One token of every row; its embedding stands in `hidden`."
         self.now[0] = step
         self.added.zero_()  # no layer was before the first
-        for layer in self.layers:
-            for job in layer[step % len(layer)]: job()
         logits = torch.empty_like(self.logits)
         self.head.record["y"] = logits.data_ptr()
-        self.norm(), self.head()
+        self.steps[step % len(self.steps)]()
         return logits
 
 # %% ../nbs/06d_decoding.ipynb #c59c104c

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['i64', 'BLOCK', 'TILE', 'STREAMS', 'AHEAD', 'FIELDS', 'take', 'whole', 'floats', 'halves', 'Shared', 'shared', 'Job',
-           'up', 'laid_out', 'panel', 'by_vectors', 'tiles', 'tile_panel', 'by_tiles', 'blend', 'multiplies', 'Product']
+           'in_turn', 'chain', 'up', 'laid_out', 'panel', 'by_vectors', 'tiles', 'tile_panel', 'by_tiles', 'blend',
+           'multiplies', 'Product']
 
 # %% ../nbs/06_products.ipynb #411bbb47
 import ctypes, functools
@@ -47,6 +48,15 @@ def whole(typing, address):
     "The whole number at an address."
     return types.int64(types.int64), lambda context, b, signature, args: b.load(_at(b, args[0], _I64))
 
+@intrinsic
+def _start_over(typing, address):
+    return types.void(types.int64), lambda context, b, signature, args: (b.store(_I64(0), _at(b, args[0], _I64)), context.get_dummy_value())[1]
+
+@intrinsic
+def _call(typing, code, record):
+    kind = ir.FunctionType(ir.VoidType(), [_I64])
+    return types.void(types.int64, types.int64), lambda context, b, signature, args: (b.call(_at(b, args[0], kind), [args[1]]), context.get_dummy_value())[1]
+
 @inline
 def floats(address, shape):
     "What is at an address, as an array of fp32; in compiled code."
@@ -88,7 +98,7 @@ class Job:
     ):
         self.record, self.units, self.kept = np.zeros(1, code.record), units, fields
         for name, value in fields.items(): self.record[name] = value.data_ptr() if isinstance(value, Tensor) else value
-        runtime = _openmp()
+        self.runtime = runtime = _openmp()
         if runtime is None: raise RuntimeError("a Job takes PyTorch's threads, and they are not those of GNU's OpenMP")
         self.next, self.run = self.record.view(i64)[:1], runtime.GOMP_parallel
         self.code, self.at = (ctypes.c_void_p(v) for v in (code.compiled.address, self.record.ctypes.data))
@@ -96,6 +106,28 @@ class Job:
     def __call__(self) -> None:
         self.next[0] = 0
         self.run(self.code, self.at, min(self.units, torch.get_num_threads()), 0)
+
+# %% ../nbs/06_products.ipynb #7c0a5e12
+@shared("jobs table barrier")
+def in_turn(p):
+    "Job after job: none begins before the one before it is done."
+    j = carray(p, 1)[0]
+    for k in range(j.jobs):
+        code, record = whole(j.table + 16 * k), whole(j.table + 16 * k + 8)
+        _call(code, record)
+        _call(j.barrier, 0)
+        _start_over(record)
+
+def chain(
+    *jobs: Job,  # the same one again after two others at the earliest
+) -> Job:
+    "Several jobs as one."
+    barrier = ctypes.cast(jobs[0].runtime.GOMP_barrier, ctypes.c_void_p).value
+    for job in jobs: job.next[0] = 0
+    table = torch.tensor([(job.code.value, job.at.value) for job in jobs])
+    done = Job(in_turn, max(job.units for job in jobs), jobs=len(jobs), table=table, barrier=barrier)
+    done.kept["jobs"] = jobs
+    return done
 
 # %% ../nbs/06_products.ipynb #b873309a
 BLOCK, TILE = 16, 32  # outputs whose weights stand together; inputs that a tile takes
