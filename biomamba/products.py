@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['i64', 'BLOCK', 'TILE', 'STREAMS', 'AHEAD', 'FIELDS', 'take', 'whole', 'floats', 'halves', 'Shared', 'shared', 'Job',
-           'in_turn', 'chain', 'up', 'laid_out', 'panel', 'by_vectors', 'tiles', 'tile_panel', 'by_tiles', 'blend',
-           'multiplies', 'Product']
+           'in_turn', 'chain', 'up', 'laid_out', 'fetch', 'panel', 'by_vectors', 'tiles', 'tile_panel', 'by_tiles',
+           'blend', 'multiplies', 'Product']
 
 # %% ../nbs/06_products.ipynb #411bbb47
 import ctypes, functools
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import carray, cfunc, types
+from numba import carray, cfunc, types  # pyright: ignore[reportPrivateImportUsage] the public name of carray
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -152,6 +152,15 @@ _LINE, _SUMS = ir.VectorType(_I32, BLOCK), ir.VectorType(_F32, BLOCK)
 def _prefetch(b, address):
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [_at(b, address, _I8), _I32(0), _I32(3), _I32(1)])
+
+@intrinsic
+def _ask(typing, address):
+    return types.void(types.int64), lambda context, b, signature, args: (_prefetch(b, args[0]), context.get_dummy_value())[1]
+
+@inline
+def fetch(address, size):
+    "Ask for memory that will be read soon; in compiled code."
+    for k in range(0, size, 64): _ask(address + k)
 
 def _halves_of(b, v, kind):
     "The two bf16 of each 32 bits, as fp32."

@@ -7,10 +7,10 @@ __all__ = ['WAITING', 'SIZES', 'PLACES', 'FIELDS', 'REALS', 'enter', 'leave', 'j
 
 # %% ../nbs/06_token_loops.ipynb #2287dd9d
 import numpy as np
-from numba import carray
+from numba import carray  # pyright: ignore[reportPrivateImportUsage] its public name
 
 from .loops import exp, f32, inline, sigmoid, write
-from .products import blend, floats, halves, shared, take, whole
+from .products import blend, fetch, floats, halves, shared, take, whole
 
 # %% ../nbs/06_token_loops.ipynb #e95fb1f1
 WAITING = 16  # J; a multiple of the convolution's taps
@@ -61,6 +61,9 @@ def _convolve(j, row, step):
     "x, B and C of the new token."
     z, w = floats(j.xbc + row * j.channels * 4, j.channels), floats(j.taps, (j.K, j.channels))
     bias = floats(j.conv_bias, j.channels)
+    if row == 0: fetch(j.taps, j.K * j.channels * 4)
+    for k in range(j.K): fetch(j.ring + (((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P) * 4, j.channels * 4)
+    fetch(j.B + row * j.G * j.J * j.N * 4, j.G * j.J * j.N * 4)
     for c in range(len(z)): z[c] = bias[c]
     for k in range(j.K):
         slot = ((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P
