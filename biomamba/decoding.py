@@ -11,6 +11,7 @@ import functools, math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, multiplies, up
 from .runs import UserError
-from .token_loops import WAITING, enter, join, leave, read_out
+from .token_loops import WAITING, embed, enter, phases
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
 @torch.no_grad()
@@ -284,30 +285,30 @@ class LoopStep:
     def __init__(self, model: BioMambaForCausalLM, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
         m, first, out = cast(BioMambaMixer, model.backbone.layers[0].mixer), cast(Product, layers[0].in_proj), cast(Product, layers[0].out_proj)
         width, R, new = first.inputs, m.num_heads // m.n_groups, functools.partial(torch.zeros, rows)
-        self.now, self.hidden, self.rows = torch.zeros(1, dtype=torch.long), new(width), rows
+        self.now, self.ids, self.table = np.zeros(1, np.int64), np.zeros(rows, np.int64), model.backbone.embeddings.weight.detach().contiguous()
         (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
         self.record: dict[str, Any] = dict(
-            now=self.now, rows=rows, width=width, H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size, J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim,
-            half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=self.hidden, added=self.added, added_width=self.added.shape[1],
+            now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width, H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size, J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim,
+            half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=new(width), added=self.added, added_width=self.added.shape[1],
             narrow=self.narrow, narrow_width=self.narrow.shape[1], wide=self.wide, wide_width=self.wide.shape[1],
             xbc=new(m.conv_dim), decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
             eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
         self.layers = [self._work(w, memory) for w, memory in zip(layers, memories)]
         self.head = head.job(self.narrow, self.logits)
-        self.steps = [chain(*(job for layer in self.layers for job in layer[k]), self.layers[0][0][0], self.head) for k in range(m.conv_kernel_size)]
+        first_job = Job(embed, rows, **self.record)
+        self.steps = [chain(first_job, *(job for layer in self.layers for job in layer[k]), self.layers[0][0][0], self.head) for k in range(m.conv_kernel_size)]
 
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
         r = self.record | dict(ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias, dt_bias=w.dt_bias, A=w.A, D=w.D,
                                log=memory.log, x=memory.x, B=memory.B, state=memory.state)
-        begin, between = Job(enter, self.rows, **r), Job(join, self.rows, **r)
-        end = Job(read_out, self.rows * r["H"] // r["part"], **r), Job(leave, self.rows * r["G"], **r), cast(Product, w.out_proj).job(self.wide, self.added)
-        return [[begin, cast(Product, w.in_proj).job(self.narrow, slot), between, *end] for slot in memory.ring]
+        begin, rest = Job(enter, r["rows"], **r), [*phases(r), cast(Product, w.out_proj).job(self.wide, self.added)]
+        return [[begin, cast(Product, w.in_proj).job(self.narrow, slot), *rest] for slot in memory.ring]
 
-    def __call__(self, step: int) -> Tensor:  # its number modulo J; logits (rows, V, filled up to whole blocks) fp32
-        "One token of every row; its embedding stands in `hidden`."
-        self.now[0] = step
-        self.added.zero_()  # no layer was before the first
+    def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
+        "One token of every row."
+        self.now[0], self.ids[:] = step, ids.numpy()
+        if self.ids.min() < 0 or self.ids.max() >= len(self.table): raise IndexError(f"tokens {ids.tolist()} were given; the model's vocabulary has the ids 0 to {len(self.table) - 1}")
         logits = torch.empty_like(self.logits)
         self.head.record["y"] = logits.data_ptr()
         self.steps[step % len(self.steps)]()
@@ -328,7 +329,7 @@ class Decoder:
             self.head = packed_linear(model.lm_head, norm * len(norm)**0.5, self.dtype)
         self.embedding = backbone.embeddings.weight.detach()
         products = self.head, *(p for w in self.layers for p in (w.in_proj, w.out_proj))
-        self.by_loops = torch.promote_types(self.embedding.dtype, torch.float32) == torch.float32 and all(isinstance(p, Product) for p in products)
+        self.by_loops = self.embedding.dtype in (torch.float32, torch.bfloat16) and all(isinstance(p, Product) for p in products)
 
     def batch(self, rows: int) -> "Batch": return Batch(self, rows)
 
@@ -336,9 +337,9 @@ class Decoder:
     def step(self, batch: "Batch", ids: Tensor) -> Tensor:  # ids (rows) to logits (rows, V): by loops in fp32, else in the decoder's dtype
         "Give every row its next token."
         s, step = batch.scratch, batch.step
-        s.hidden.copy_(self.embedding[ids])
         batch.step = (step + 1) % WAITING
-        if isinstance(s, LoopStep): return s(step)[:, :cast(Product, self.head).outputs]
+        if isinstance(s, LoopStep): return s(step, ids)[:, :cast(Product, self.head).outputs]
+        s.hidden.copy_(self.embedding[ids])
         for w, memory in zip(self.layers, batch.layers): layer_step(w, memory, s, step)
         _over_norm(s.hidden, s.hidden_padded, s.norm, s.narrow)
         return self.head(s.narrow_filled)[:batch.rows]
@@ -365,6 +366,6 @@ class Batch:
     def keep(self, rows: list[int]) -> "Batch":
         "A smaller batch of some of the rows."
         other = Batch(self.decoder, len(rows))
-        other.step, index = self.step, torch.tensor(rows, device=self.scratch.hidden.device)
+        other.step, index = self.step, torch.tensor(rows, device=self.layers[0].state.device)
         for memory, fresh in zip(self.layers, other.layers): keep_rows(memory, fresh, index)
         return other
