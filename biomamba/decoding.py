@@ -288,20 +288,22 @@ class LoopStep:
         self.now, self.ids, self.table = np.zeros(1, np.int64), np.zeros(rows, np.int64), model.backbone.embeddings.weight.detach().contiguous()
         (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
         self.record: dict[str, Any] = dict(
-            now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width, H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size, J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim,
+            now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
+            H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size, J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim,
             half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=new(width), added=self.added, added_width=self.added.shape[1],
             narrow=self.narrow, narrow_width=self.narrow.shape[1], wide=self.wide, wide_width=self.wide.shape[1],
             xbc=new(m.conv_dim), decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
             eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
         self.layers = [self._work(w, memory) for w, memory in zip(layers, memories)]
         self.head = head.job(self.narrow, self.logits)
-        first_job = Job(embed, rows, **self.record)
-        self.steps = [chain(first_job, *(job for layer in self.layers for job in layer[k]), self.layers[0][0][0], self.head) for k in range(m.conv_kernel_size)]
+        begin, norm = Job(embed, rows, **self.record), self.layers[0][0][0]
+        self.steps = [chain(begin, *(job for layer in self.layers for job in layer[k]), norm, self.head) for k in range(m.conv_kernel_size)]
 
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
-        r = self.record | dict(ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias, dt_bias=w.dt_bias, A=w.A, D=w.D,
-                               log=memory.log, x=memory.x, B=memory.B, state=memory.state)
+        r: dict[str, Any] = self.record | dict(
+            ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias, dt_bias=w.dt_bias, A=w.A, D=w.D,
+            log=memory.log, x=memory.x, B=memory.B, state=memory.state)
         begin, rest = Job(enter, r["rows"], **r), [*phases(r), cast(Product, w.out_proj).job(self.wide, self.added)]
         return [[begin, cast(Product, w.in_proj).job(self.narrow, slot), *rest] for slot in memory.ring]
 

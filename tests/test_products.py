@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from biomamba import decoding, products
 from biomamba.decoding import Decoder, heads_at_once, prefill
 from biomamba.mamba2 import mamba2_config, new_model
-from biomamba.products import BLOCK, STREAMS, Product, laid_out, multiplies, tiles
+from biomamba.products import BLOCK, STREAMS, Product, chain, laid_out, multiplies, tiles
 from biomamba.recipe import recipe
 
 KINDS = [(torch.float32, False), (torch.bfloat16, False)] + [(torch.bfloat16, True)] * tiles()
@@ -86,9 +86,23 @@ def test_which_weights_become_products(monkeypatch):
     with pytest.raises(RuntimeError, match="OpenMP"): Product(w)(torch.zeros(1, 3))
 
 
+def test_a_chain_does_one_product_after_the_other(threads):
+    "The second reads what the first wrote; three times, with one thread and with two."
+    first, second = Product(drawn(0, 64, 40)), Product(drawn(1, 30, 64))
+    x, between = first.places(3)
+    _, y = second.places(3)
+    x[:, :40] = drawn(2, 3, 40)
+    both = chain(first.job(x, between), second.job(between, y))
+    for n in (1, 2, 2):
+        threads(n)
+        y.zero_(), between.zero_()
+        both()
+        assert torch.equal(y[:, :30], second(first(x)))
+
+
 # ---------------------------------------------------------------- a step by loops
 
-def wild_model(**changes):
+def wild_model():
     "A small model whose norms' weights and step sizes are not the initial ones."
     model, g = new_model(mamba2_config(recipe("tiny", d_model=48, layers=2, state=9, head_dim=12, vocabulary=100), 100), 0).eval(), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -135,6 +149,12 @@ def test_logits_are_kept():
     before = first.clone()
     decoder.step(batch, torch.tensor([4]))
     assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("wrong", [-1, 100, 1 << 40])
+def test_a_token_outside_the_vocabulary_is_refused(wrong):
+    decoder = Decoder(wild_model())
+    with pytest.raises(IndexError, match="0 to 99"): decoder.step(decoder.batch(2), torch.tensor([3, wrong]))
 
 
 def test_no_thread_is_left_without_heads(threads):
