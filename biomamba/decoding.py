@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
-from .products import BLOCK, Job, Product, chain, multiplies, up
+from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
 from .token_loops import WAITING, embed, enter, phases
 
@@ -112,7 +112,7 @@ class Memory:
         G, N, H, P = m.n_groups, m.ssm_state_size, m.num_heads, m.head_dim
         self.width = m.intermediate_size + m.conv_dim + H
         self.ring = like.new_zeros(K, rows, up(self.width, BLOCK))
-        self.state = like.new_zeros(rows, G, N, H // G * P)
+        self.state = in_large_pages(like.new_zeros(rows, G, N, H // G * P))
         self.x, self.B = like.new_zeros(rows, H, J, P), like.new_zeros(rows, G, J, N)
         self.log = like.new_full((rows, H, J + 1), -torch.inf)  # the first: s_0, of the state
         self.log[..., 0] = 0
