@@ -72,6 +72,7 @@ def choose(
     generators: Sequence[torch.Generator | None],  # one a row; None where nobody waits for the row
 ) -> list[int]:
     "The next token of every row."
+    if o.temperature == 0 and set(best := logits.argmax(-1).tolist()).isdisjoint(suppressed.tolist()): return best
     if len(suppressed): logits = logits.index_fill(1, suppressed, -torch.inf)
     if o.temperature == 0: return logits.argmax(-1).tolist()
     cumulated = warpers(o)(None, logits.float()).double().softmax(-1).cumsum(-1)  # pyright: ignore[reportArgumentType] these warpers read no ids
