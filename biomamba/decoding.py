@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
-from .token_loops import WAITING, embed, enter, phases
+from .token_loops import ALL, WAITING, embed, enter, phases
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
 @torch.no_grad()
@@ -296,14 +296,18 @@ class LoopStep:
             eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
         self.layers = [self._work(w, memory) for w, memory in zip(layers, memories)]
         self.head = head.job(self.narrow, self.logits)
-        begin, norm = Job(embed, rows, **self.record), self.layers[0][0][0]
+        begin, norm = Job(embed, rows, **self._record(layers[0], memories[0])), self.layers[0][0][0]
         self.steps = [chain(begin, *(job for layer in self.layers for job in layer[k]), norm, self.head) for k in range(m.conv_kernel_size)]
+
+    def _record(self, w: LayerWeights, memory: Memory) -> dict[str, Any]:
+        "What all work of a layer is given."
+        return self.record | dict(
+            phase=ALL, pieces=self.record["rows"], ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
+            dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state)
 
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
-        r: dict[str, Any] = self.record | dict(
-            ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias, dt_bias=w.dt_bias, A=w.A, D=w.D,
-            log=memory.log, x=memory.x, B=memory.B, state=memory.state)
+        r = self._record(w, memory)
         begin, rest = Job(enter, r["rows"], **r), [*phases(r), cast(Product, w.out_proj).job(self.wide, self.added)]
         return [[begin, cast(Product, w.in_proj).job(self.narrow, slot), *rest] for slot in memory.ring]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from .conv import conv_backward, conv_forward, reaches
 from .loops import by_loops, product_dtype
@@ -58,7 +59,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        with torch.autocast("cpu", enabled=False): return product_backward(dy, *ctx.saved_tensors, ctx.dtype)
+        x, weight = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False): return product_backward(dy, x, weight, ctx.dtype)
 
 # %% ../nbs/06b_layer.ipynb #a2abdad6
 class Shape(NamedTuple):
@@ -136,7 +138,7 @@ def _to_input(dy, projected, seq_idx, p: Parameters, shape: Shape, dtype, kept, 
     reach = reaches(seq_idx, (batch, T), p.conv_weight.shape[1])
     x, B, C = _convolved(inputs, p, shape, reach, dtype)
     leaves = [v.detach().requires_grad_() for v in (dt, p.dt_bias, p.A)]
-    with torch.enable_grad(): steps, decays = _steps(*leaves, shape)
+    with torch.enable_grad(): steps, decays = _steps(leaves[0], leaves[1], leaves[2], shape)
     dchannels = x.new_empty(*x.shape[:2], inputs.shape[-1])
     dx, dmaps = dchannels.split([dy.shape[-1], inputs.shape[-1] - dy.shape[-1]], -1)
     dsteps, ddecays, dB, dC, dD, _ = scan_backward(x, steps.detach(), B, C, p.D.view(steps.shape[2:]), kept, batch, cut(dy, shape.chunk).view(x.shape), None, dx.view(x.shape))
@@ -175,7 +177,7 @@ class LoopMixer(torch.autograd.Function):
 
 # %% ../nbs/06b_layer.ipynb #08731cda
 def fits_loops(
-    mixer: nn.Module,  # transformers' Mamba2Mixer
+    mixer: Mamba2Mixer,
     hidden: Tensor,    # its input
 ) -> bool:
     "Whether a layer is one that the loops compute whole: on a processor, with plain projections in fp32 and no bias."
@@ -183,13 +185,13 @@ def fits_loops(
     return plain and by_loops(hidden)
 
 def mix_by_loops(
-    mixer: nn.Module,        # one that `fits_loops`
+    mixer: Mamba2Mixer,      # one that `fits_loops`
     hidden: Tensor,          # (batch, T, width), fp32 or bf16
     seq_idx: Tensor | None,  # (batch, T), number of the document
 ) -> Tensor:                 # (batch, T, width), fp32; under autocast bf16
     "The output of a layer's mixer on a processor, from a text's beginning."
-    m, conv = mixer, mixer.conv1d
-    shape = Shape(m.n_groups, m.head_dim, tuple(m.time_step_limit), m.norm.variance_epsilon, m.norm.group_size)
+    m, conv, (least, most) = mixer, mixer.conv1d, mixer.time_step_limit
+    shape = Shape(m.n_groups, m.head_dim, (least, most), m.norm.variance_epsilon, m.norm.group_size)
     bias = conv.weight.new_zeros(m.conv_dim) if conv.bias is None else conv.bias
     p = Parameters(conv.weight.squeeze(1), bias, m.dt_bias, -torch.exp(m.A_log), m.D, m.norm.weight, m.out_proj.weight)
     return LoopMixer.apply(Product.apply(hidden, m.in_proj.weight), seq_idx, shape, *p)

@@ -30,7 +30,7 @@ f32, u16, _word = np.float32, np.uint16, functools.partial(ir.Constant, ir.IntTy
 
 def _instructions(
     signature,  # numba's, of one number
-) -> Callable:
+) -> Any:
     "Make of a function (LLVM's builder, a value) → a value one that compiled code calls with a number."
     def made(emit):
         def typed(context, v): return signature, lambda context, builder, signature, values: emit(builder, values[0])

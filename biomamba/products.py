@@ -95,8 +95,10 @@ class Job:
     def __init__(
         self, code: Shared,
         units: int,            # among which the threads share the work
-        **fields: Any,         # of the record; of a tensor, its address
+        **fields: Any,         # all of the record's; of a tensor, its address
     ):
+        missing = {*(code.record.names or ())} - {"next", *fields}
+        if missing: raise TypeError(f"a job of {code.function.__name__} was not given {', '.join(sorted(missing))}; compiled code would read at address 0")
         self.record, self.units, self.kept = np.zeros(1, code.record), units, fields
         for name, value in fields.items(): self.record[name] = value.data_ptr() if isinstance(value, Tensor) else value
         self.runtime: Any = _openmp()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from biomamba import decoding, products
 from biomamba.decoding import Decoder, heads_at_once, prefill
 from biomamba.mamba2 import mamba2_config, new_model
-from biomamba.products import BLOCK, STREAMS, Product, chain, laid_out, multiplies, tiles
+from biomamba.products import BLOCK, FIELDS, STREAMS, Job, Product, by_vectors, chain, laid_out, multiplies, tiles
 from biomamba.recipe import recipe
 
 KINDS = [(torch.float32, False), (torch.bfloat16, False)] + [(torch.bfloat16, True)] * tiles()
@@ -173,3 +173,8 @@ def test_what_is_no_number_stays_in_its_row():
     for memory in batch.layers: memory.state[1] = torch.nan
     logits = decoder.step(batch, torch.tensor([3, 3]))
     assert logits[1].isnan().all() and logits[0].isfinite().all()
+
+
+def test_a_job_wants_all_of_its_record():
+    fields = dict.fromkeys(FIELDS.split(), 0)
+    with pytest.raises(TypeError, match="was not given weight"): Job(by_vectors, 1, **{k: v for k, v in fields.items() if k != "weight"})
