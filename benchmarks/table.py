@@ -30,7 +30,8 @@ def numbers(
     values, found = entry.get("values", {}), {}
     if line.ours not in values: return found
     found["value"] = middle(values[line.ours])
-    if line.against in values: found["ratio"] = found["value"] / middle(values[line.against])
+    theirs = middle(values[line.against]) if line.against in values else 0
+    if theirs: found["ratio"] = found["value"] / theirs  # a smoke run may need no memory more than was there
     if line.ours in entry["limits"]: found["share"] = found["value"] / entry["limits"][line.ours]
     return found
 

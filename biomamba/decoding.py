@@ -282,10 +282,10 @@ def heads_at_once(
 class LoopStep:
     "What one token of every row takes: places that all layers share, and every layer's work in its order."
 
-    def __init__(self, model: BioMambaForCausalLM, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
+    def __init__(self, model: BioMambaForCausalLM, table: Tensor, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
         m, first, out = cast(BioMambaMixer, model.backbone.layers[0].mixer), cast(Product, layers[0].in_proj), cast(Product, layers[0].out_proj)
         width, R, new = first.inputs, m.num_heads // m.n_groups, functools.partial(torch.zeros, rows)
-        self.now, self.ids, self.table = np.zeros(1, np.int64), np.zeros(rows, np.int64), model.backbone.embeddings.weight.detach().contiguous()
+        self.now, self.ids, self.table = np.zeros(1, np.int64), np.zeros(rows, np.int64), table.contiguous()
         (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
         self.record: dict[str, Any] = dict(
             now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
@@ -313,6 +313,7 @@ class LoopStep:
 
     def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
         "One token of every row."
+        if ids.shape != self.ids.shape: raise ValueError(f"{len(self.ids)} rows want a token each; ids of shape {tuple(ids.shape)} were given")
         self.now[0], self.ids[:] = step, ids.numpy()
         if self.ids.min() < 0 or self.ids.max() >= len(self.table): raise IndexError(f"tokens {ids.tolist()} were given; the model's vocabulary has the ids 0 to {len(self.table) - 1}")
         logits = torch.empty_like(self.logits)
@@ -322,13 +323,14 @@ class LoopStep:
 
 # %% ../nbs/06d_decoding.ipynb #c59c104c
 class Decoder:
-    "A model's weights, laid out for one token at a time; it does not follow later changes of the model."
+    "A model's weights, laid out for one token at a time; to be made anew when the model changes."
 
     def __init__(
         self, model: BioMambaForCausalLM,
         dtype: torch.dtype | None = None,  # of the matrix products: float32, bfloat16; None: the weights'
     ):
         self.model, self.dtype, backbone = model, dtype or model.dtype, model.backbone
+        if WAITING % model.config.conv_kernel: raise UserError(f"the convolution has {model.config.conv_kernel} taps; a decoder takes a number that divides {WAITING}")
         with torch.no_grad():
             self.layers = [layer_weights(block, self.dtype) for block in backbone.layers]
             norm = backbone.norm_f.weight
@@ -340,11 +342,14 @@ class Decoder:
     def batch(self, rows: int) -> "Batch": return Batch(self, rows)
 
     @torch.inference_mode()
-    def step(self, batch: "Batch", ids: Tensor) -> Tensor:  # ids (rows) to logits (rows, V): by loops in fp32, else in the decoder's dtype
+    def step(self, batch: "Batch", ids: Tensor) -> Tensor:  # ids (rows) to logits (rows, V): by loops in fp32, else in the dtype of the head's product
         "Give every row its next token."
         s, step = batch.scratch, batch.step
+        if isinstance(s, LoopStep):
+            logits = s(step, ids)[:, :cast(Product, self.head).outputs]
+            batch.step = (step + 1) % WAITING
+            return logits
         batch.step = (step + 1) % WAITING
-        if isinstance(s, LoopStep): return s(step, ids)[:, :cast(Product, self.head).outputs]
         s.hidden.copy_(self.embedding[ids])
         for w, memory in zip(self.layers, batch.layers): layer_step(w, memory, s, step)
         _over_norm(s.hidden, s.hidden_padded, s.norm, s.narrow)
@@ -355,11 +360,12 @@ class Batch:
     "What the rows of a batch remember: its size depends on the number of rows and on nothing else."
 
     def __init__(self, decoder: Decoder, rows: int):
+        if rows < 1: raise ValueError(f"{rows} rows were asked for; a batch has at least one")
         backbone = decoder.model.backbone
         mixer, like = backbone.layers[0].mixer, decoder.embedding.new_zeros(0, dtype=torch.promote_types(decoder.embedding.dtype, torch.float32))
         self.decoder, self.rows, self.step = decoder, rows, 0
         self.layers = [Memory(block.mixer, rows, like) for block in backbone.layers]
-        if decoder.by_loops: self.scratch = LoopStep(decoder.model, decoder.layers, cast(Product, decoder.head), self.layers, rows)
+        if decoder.by_loops: self.scratch = LoopStep(decoder.model, decoder.embedding, decoder.layers, cast(Product, decoder.head), self.layers, rows)
         else: self.scratch = Scratch(mixer, decoder.embedding.shape[1], rows, like, decoder.dtype)
 
     @torch.inference_mode()

@@ -265,6 +265,7 @@ def _losses(
     found = [_block_loss(hidden[k] @ weight.T, targets[k]) for k in _blocks(len(hidden), _together(weight))]
     return torch.cat(found) if found else hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
+# %% ../nbs/06b_mamba2.ipynb #74454037
 def _losses_and_gradients(
     hidden: Tensor,          # (rows, width)
     weight: Tensor,          # (V, width)

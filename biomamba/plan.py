@@ -81,12 +81,14 @@ def training_flops(
 # %% ../nbs/09a_plan.ipynb #f2654eb4
 def activation_bytes(
     recipe: Recipe,
-    kernels: bool = True,  # whether the fused CUDA kernels run
+    kernels: bool = True,  # whether the fused CUDA kernels run; else the loops of a processor
 ) -> int:                  # bytes per token, all layers
     "What the backward pass keeps of one token."
     inner, width = recipe.expand * recipe.d_model, 2 if recipe.precision == "bf16" else 4
-    projected = 2 * inner + 2 * recipe.groups * recipe.state + inner // recipe.head_dim
-    layer = (4 * recipe.d_model + width * (recipe.d_model + projected + inner)) * (1 if kernels else 2)
+    heads = inner // recipe.head_dim
+    projected = 2 * inner + 2 * recipe.groups * recipe.state + heads
+    layer = 4 * recipe.d_model + width * (recipe.d_model + projected + inner)
+    if not kernels: layer += width * recipe.state * inner // 64 + 12 * heads  # states between chunks, decays
     return layer + 4 * recipe.d_model * recipe.layers if recipe.gradient_checkpointing else layer * recipe.layers
 
 def batch_tokens(recipe: Recipe) -> int:

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .loops import MATH, _openmp, by_loops, inline
+from .loops import KEEP, MATH, _openmp, by_loops, inline, of_these_sources
 
 # %% ../nbs/06_products.ipynb #f752b311
 i64 = np.int64
@@ -58,6 +58,7 @@ def _call(typing, code, record):
     kind = ir.FunctionType(ir.VoidType(), [_I64])
     return types.void(types.int64, types.int64), lambda context, b, signature, args: (b.call(_at(b, args[0], kind), [args[1]]), context.get_dummy_value())[1]
 
+# %% ../nbs/06_products.ipynb #454a4d39
 @inline
 def floats(address, shape):
     "What is at an address, as an array of fp32; in compiled code."
@@ -79,7 +80,7 @@ class Shared:
     @functools.cached_property
     def compiled(self) -> Any:
         signature = types.void(types.CPointer(numba.from_dtype(self.record)))
-        return cfunc(signature, fastmath=MATH, error_model="numpy", cache="__file__" in globals())(self.function)
+        return cfunc(signature, fastmath=MATH, error_model="numpy", cache=KEEP)(of_these_sources(self.function))
 
 def shared(
     names: str,       # of the record's whole numbers and addresses
@@ -89,6 +90,11 @@ def shared(
     return lambda function: Shared(function, names, reals)
 
 # %% ../nbs/06_products.ipynb #42bb9583
+def _address(t: Tensor) -> int:
+    "Where compiled code finds a tensor's numbers."
+    if t.device.type != "cpu" or t.stride(-1) != 1: raise ValueError(f"compiled code reads rows in a processor's memory; a tensor on {t.device} with strides {t.stride()} was given")
+    return t.data_ptr()
+
 class Job:
     "Shared code with its record filled in, to be done as often as it is called."
 
@@ -100,7 +106,7 @@ class Job:
         missing = {*(code.record.names or ())} - {"next", *fields}
         if missing: raise TypeError(f"a job of {code.function.__name__} was not given {', '.join(sorted(missing))}; compiled code would read at address 0")
         self.record, self.units, self.kept = np.zeros(1, code.record), units, fields
-        for name, value in fields.items(): self.record[name] = value.data_ptr() if isinstance(value, Tensor) else value
+        for name, value in fields.items(): self.record[name] = _address(value) if isinstance(value, Tensor) else value
         self.runtime: Any = _openmp()
         if self.runtime is None: raise RuntimeError("a Job takes PyTorch's threads, and they are not those of GNU's OpenMP")
         self.next, self.run = self.record.view(i64)[:1], self.runtime.GOMP_parallel
@@ -109,6 +115,7 @@ class Job:
     def __call__(self) -> None:
         self.next[0] = 0
         self.run(self.code, self.at, min(self.units, torch.get_num_threads()), 0)
+        self.next[0] = 0  # as a chain finds it
 
 # %% ../nbs/06_products.ipynb #7c0a5e12
 @shared("jobs table barrier")
@@ -135,7 +142,12 @@ def chain(
 # %% ../nbs/06_products.ipynb #b873309a
 BLOCK, TILE = 16, 32  # outputs whose weights stand together; inputs that a tile takes
 
-def up(n: int, to: int) -> int: return -(-n // to) * to
+def up(
+    n: int,
+    to: int,
+) -> int:
+    "The next multiple of a number."
+    return -(-n // to) * to
 
 def laid_out(
     weight: Tensor,  # (outputs, inputs), fp32 or bf16
@@ -203,6 +215,7 @@ def _intrinsic(build):
     def multiply(typing, weight, apart, x, x_step, y, y_step, steps, rows): return types.void(*[types.int64] * 8), build
     return multiply
 
+# %% ../nbs/06_products.ipynb #231cad21
 def panel(
     streams: int,  # blocks side by side
     rows: int,     # of inputs
@@ -347,6 +360,7 @@ def multiplies(
     "Whether `Product` takes a weight: fp32 or bf16 on a processor, in a process whose threads are those of GNU's OpenMP."
     return by_loops(weight) and _openmp() is not None
 
+# %% ../nbs/06_products.ipynb #d632e5fb
 class Product:
     "A weight, laid out for its products with few rows."
 

@@ -43,6 +43,7 @@ def embed(p):
         else: hidden[:] = floats(j.table + place * 4, j.width)
         row = take(p)
 
+# %% ../nbs/06_token_loops.ipynb #a62526d7
 @shared(FIELDS, REALS)
 def enter(p):
     "Row by row: the residual stream goes on, and its norm to the product in."
@@ -111,6 +112,7 @@ def _waits(j, row, step, z):
     for i in range(len(logs)): decays[i] = _power(logs[i])
     return decay
 
+# %% ../nbs/06_token_loops.ipynb #afaf5891
 @inline
 def _weigh(j, row, step, z, decay):
     "B into its place, and what every waiting token weighs."
@@ -123,7 +125,6 @@ def _weigh(j, row, step, z, decay):
             s, old = f32(0), B[i]
             for n in range(j.N): s += old[n] * C[n]
             for h in range(g * R, (g + 1) * R): mix[h, i] = s * decay[h, i + 1]
-
 
 # %% ../nbs/06_token_loops.ipynb #a1c20992
 _next, _four, _ahead, _all = blend(1, False), blend(4, False), blend(4, True), blend(WAITING, False)

@@ -1,8 +1,10 @@
 """The loops are held to their definitions in plain PyTorch, in value and gradient, and do not depend on the threads that run them."""
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +174,8 @@ def test_a_parameter_can_still_be_resized():
 
 
 FAULTS = """
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a large page would hide many small ones
 from biomamba.loops import keep_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -193,3 +196,27 @@ def test_freed_memory_stays_with_the_process(told):
     before, after, kept = subprocess.run([sys.executable, "-c", FAULTS], env=bare | mine, capture_output=True, text=True, check=True).stdout.split()
     assert int(before) > 1000 and kept == str(not told)
     assert int(after) > 1000 if told else int(after) < 100
+
+
+MIXED = """
+import numpy as np
+from room.loops import SOURCES
+from room.scan_loops import mix_loop
+M, ones = np.zeros((1, 1, 1, 1), np.float32), np.ones((1, 1, 1, 1), np.float32)
+mix_loop(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.int32), ones, M, 0, 0, 1)
+print(M.item())
+"""
+
+
+def test_what_is_kept_on_disk_is_not_taken_for_other_text(tmp_path):
+    package = tmp_path / "room"
+    shutil.copytree(Path(loops.__file__).parent, package, ignore=lambda folder, names: [n for n in names if n not in (*loops.ROOMS, "__init__.py")])
+    (package / "__init__.py").write_text("")
+    source = (package / "loops.py").read_text().replace('"biomamba", room', '"room", room')
+    def found(text):
+        (package / "loops.py").write_text(text)
+        done = subprocess.run([sys.executable, "-c", MIXED], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+    assert found(source) == 1 and list(package.rglob("*.nbi"))
+    changed = source.replace("    return (p * r * r + r + f32(1.0)) *", "    return f32(2.0) * (p * r * r + r + f32(1.0)) *")
+    assert changed != source and found(changed) == 2

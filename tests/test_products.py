@@ -9,6 +9,7 @@ from biomamba.decoding import Decoder, heads_at_once, prefill
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.products import BLOCK, FIELDS, STREAMS, Job, Product, by_vectors, chain, laid_out, multiplies, tiles
 from biomamba.recipe import recipe
+from biomamba.runs import UserError
 
 KINDS = [(torch.float32, False), (torch.bfloat16, False)] + [(torch.bfloat16, True)] * tiles()
 
@@ -154,7 +155,16 @@ def test_logits_are_kept():
 @pytest.mark.parametrize("wrong", [-1, 100, 1 << 40])
 def test_a_token_outside_the_vocabulary_is_refused(wrong):
     decoder = Decoder(wild_model())
-    with pytest.raises(IndexError, match="0 to 99"): decoder.step(decoder.batch(2), torch.tensor([3, wrong]))
+    batch, other, ids = decoder.batch(2), decoder.batch(2), torch.tensor([3, 7])
+    for b in (batch, other): decoder.step(b, ids)
+    with pytest.raises(IndexError, match="0 to 99"): decoder.step(batch, torch.tensor([3, wrong]))
+    with pytest.raises(ValueError, match="2 rows want a token each"): decoder.step(batch, ids[:1])
+    assert torch.equal(decoder.step(batch, ids), decoder.step(other, ids))  # what was refused left no trace
+
+
+def test_a_convolution_whose_ring_does_not_fit_is_refused():
+    model = new_model(mamba2_config(recipe("tiny", layers=1, d_model=32, vocabulary=100, conv=3), 100), 0)
+    with pytest.raises(UserError, match="3 taps"): Decoder(model)
 
 
 def test_no_thread_is_left_without_heads(threads):
