@@ -108,8 +108,7 @@ def join_loop(
 def join_backward_loop(
     own, far,      # shapes of `join_loop`: the two parts of U, the gradient of Δ x
     leave, dt,     # (n · Q, H): decay to the row's end; step size
-    arrived,       # `far` of `join_loop`
-    arrive, D,     # of `join_loop`
+    arrived, arrive, D,  # `far` and the next two of `join_loop`
     x, step, dy, dstep,  # rows of H · P
     dx, xstep,     # rows of H · P: out
     xu,            # (n · Q, H): x · U; out
