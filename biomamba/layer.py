@@ -18,6 +18,7 @@ from .conv import conv_backward, conv_forward, reaches
 from .loops import by_loops, product_dtype
 from .norm import norm_backward, norm_forward
 from .ssd import Kept, cut, scan_backward, scan_forward, step_sizes
+from .transpose import transposed
 
 # %% ../nbs/06b_layer.ipynb #ec296e80
 def matmul(
@@ -40,13 +41,22 @@ def product(
     "x Wᵀ."
     return matmul(x.to(dtype).flatten(0, -2), weight.to(dtype).T).view(*x.shape[:-1], -1)
 
+def _weight_gradient(
+    dy: Tensor,         # (rows, outputs)
+    x: Tensor,          # (rows, inputs), the same dtype
+    weight: Tensor,     # (outputs, inputs)
+) -> Tensor:            # as the weight
+    "dYᵀ X; of bf16 on a processor dY is turned first."
+    turns = x.dtype == torch.bfloat16 and by_loops(x)
+    return ((transposed(dy, dy.dtype) if turns else dy.T) @ x).to(weight.dtype)
+
 def product_backward(
     dy: Tensor,                # (..., outputs)
     x: Tensor, weight: Tensor, dtype: torch.dtype,  # of `product`
 ) -> tuple[Tensor, Tensor]:    # gradients of x and of the weight, each in its dtype
     "The gradients of x Wᵀ."
     dy, x2 = dy.to(dtype).flatten(0, -2), x.to(dtype).flatten(0, -2)
-    return matmul(dy, weight.to(dtype)).view(x.shape).to(x.dtype), (dy.T @ x2).to(weight.dtype)
+    return matmul(dy, weight.to(dtype)).view(x.shape).to(x.dtype), _weight_gradient(dy, x2, weight)
 
 # %% ../nbs/06b_layer.ipynb #ca915e90
 class Projection(torch.autograd.Function):

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'EOS', 'PAD', 'BACKBONE', 'mamba2_config', 'Kernels', 'cuda_kernels', 'kernels_for', 'normalize',
-           'BioMambaRMSNorm', 'scan_step', 'convolve', 'scan', 'BioMambaMixer', 'HeadLoss', 'head_loss',
-           'BioMambaForCausalLM', 'new_model']
+           'BioMambaRMSNorm', 'scan_step', 'convolve', 'scan', 'BioMambaMixer', 'BioMambaForCausalLM', 'new_model']
 
 # %% ../nbs/06b_mamba2.ipynb #41964893
 import functools, logging, math
@@ -14,15 +13,15 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
 from .conv import causal_conv
 from .guards import refuse_upload
-from .loops import by_loops, entropy_loop, numbers, spread
-from .layer import fits_loops, matmul, mix_by_loops
+from .head import Owed, head_loss, look_up
+from .loops import by_loops
+from .layer import fits_loops, mix_by_loops
 from .norm import GatedNorm, LoopNorm
-from .runs import Recipe, UserError, mark_restricted
+from .runs import Recipe, mark_restricted
 from .ssd import chunk_scan, step_sizes
 
 # %% ../nbs/06b_mamba2.ipynb #70e9585a
@@ -201,132 +200,6 @@ def _mix(
     if cache is not None: cache.update_recurrent_state(state, mixer.layer_idx)
     return y.flatten(2)
 
-# %% ../nbs/06b_mamba2.ipynb #479f0eb2
-def _blocks(
-    rows: int,     # positions that are scored
-    most: int,     # in one block
-) -> list[slice]:  # blocks of nearly the same length
-    "Cut rows into blocks."
-    step = max(1, -(-rows // max(1, -(-rows // most))))
-    return [slice(i, i + step) for i in range(0, rows, step)]
-
-# %% ../nbs/06b_mamba2.ipynb #4cf09ecb
-def _block_loss(
-    logits: Tensor,     # (rows, V); with `scale` overwritten by their gradient
-    targets: Tensor,    # (rows)
-    scale: Tensor | None = None,  # gradient that reaches each row's loss, (rows, 1)
-) -> Tensor:            # losses (rows), at least fp32
-    "Losses of one block; the gradient is softmax minus one at the target."
-    if by_loops(logits): return _block_loss_by_loops(logits, targets, scale)
-    real = torch.promote_types(logits.dtype, torch.float32)
-    losses = logits.new_empty(len(logits), dtype=real)
-    for k in _blocks(len(logits), len(logits) if logits.is_cuda else max(128, 2**21 // logits.shape[1])):
-        logp, aims = torch.log_softmax(logits[k].to(real), -1), targets[k, None]
-        losses[k] = -logp.gather(1, aims).squeeze(1)
-        if scale is None: continue
-        logp.exp_().scatter_add_(1, aims, torch.full_like(aims, -1, dtype=real))
-        torch.mul(logp, scale[k], out=logits[k])
-    return losses
-
-# %% ../nbs/06b_mamba2.ipynb #6e81f14a
-def _block_loss_by_loops(logits, targets, scale) -> Tensor:
-    "The same on a processor."
-    losses = torch.empty(len(logits))
-    reaching = losses if scale is None else scale.flatten()
-    spread(entropy_loop, len(logits), *map(numbers, (logits, targets, reaching)), scale is not None, numbers(losses))
-    return losses
-
-# %% ../nbs/06b_mamba2.ipynb #09df50bc
-def _add_weight_gradient(
-    dw: Tensor,     # (V, width), in the weight's dtype
-    p: Tensor,      # gradient of the logits, (rows, V)
-    h: Tensor,      # (rows, width), the same dtype
-    first: bool,    # whether dw holds nothing yet
-) -> None:
-    "Add a block's gradient of the head; on a CPU some thousand words at a time, so that what is rounded to bf16 stays in the cache."
-    for v in _blocks(len(dw), len(dw) if p.is_cuda else 4096):
-        part = p[:, v].T @ h
-        if first: dw[v] = part
-        else: dw[v] += part
-
-# %% ../nbs/06b_mamba2.ipynb #526e0b56
-def _together(
-    weight: Tensor,  # (V, width)
-) -> int:            # rows
-    "How many rows have their logits at once: at most 1,024, and 128 MB."
-    return max(128, min(1024, 2**27 // (len(weight) * weight.itemsize)))
-
-def _losses(
-    hidden: Tensor,   # (rows, width)
-    weight: Tensor,   # (V, width), the same dtype
-    targets: Tensor,  # (rows)
-) -> Tensor:          # (rows), at least fp32
-    "Losses without gradients, block by block."
-    found = [_block_loss(hidden[k] @ weight.T, targets[k]) for k in _blocks(len(hidden), _together(weight))]
-    return torch.cat(found) if found else hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-# %% ../nbs/06b_mamba2.ipynb #74454037
-def _losses_and_gradients(
-    hidden: Tensor,          # (rows, width)
-    weight: Tensor,          # (V, width)
-    targets: Tensor,         # (rows)
-    scale: Tensor,           # gradient that reaches each row's loss, (rows, 1)
-    dtype: torch.dtype,      # of the products
-) -> tuple[Tensor, Tensor, Tensor]:  # losses (rows), gradients of hidden and weight
-    "Block by block; the gradients of the head are summed in the weight's own dtype."
-    h, w = hidden.to(dtype), weight.to(dtype)
-    blocks = _blocks(len(h), _together(w))
-    losses, dh, dw = [], torch.empty_like(hidden), torch.empty_like(weight) if blocks else torch.zeros_like(weight)
-    logits = h.new_empty(blocks[0].stop if blocks else 0, len(w))  # one place for all blocks
-    for k in blocks:
-        p = torch.mm(h[k], w.T, out=logits[:len(h[k])])
-        losses.append(_block_loss(p, targets[k], scale[k]))
-        _add_weight_gradient(dw, p, h[k], first=k.start == 0)
-        dh[k] = matmul(p, w)
-    return torch.cat(losses) if losses else hidden.new_empty(0), dh, dw
-
-# %% ../nbs/06b_mamba2.ipynb #25de37a2
-class HeadLoss(torch.autograd.Function):
-    "Losses of all rows; with `scale`, their sum times scale, and the gradients formed on the way."
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, scale):
-        ctx.dtype, ctx.formed = dtype, scale is not None
-        if not ctx.formed:
-            ctx.save_for_backward(hidden, weight, targets)
-            return _losses(hidden.to(dtype), weight.to(dtype), targets)
-        losses, *gradients = _losses_and_gradients(hidden, weight, targets, torch.full((len(hidden), 1), scale, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device), dtype)
-        ctx.save_for_backward(*gradients)
-        return losses.sum() * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        if ctx.formed:
-            as_is = not grad.is_cuda and grad.item() == 1  # saves a pass over the head
-            return *(v if as_is else v * grad for v in ctx.saved_tensors), None, None, None
-        _, dh, dw = _losses_and_gradients(*ctx.saved_tensors, scale=grad[:, None], dtype=ctx.dtype)
-        return dh, dw, None, None, None
-
-# %% ../nbs/06b_mamba2.ipynb #76f613b6
-def head_loss(
-    hidden: Tensor,           # (..., width)
-    weight: Tensor,           # (V, width)
-    targets: Tensor,          # (...), -100 where not scored
-    reduction: str = "mean",  # "mean", "sum", or "none": one loss a position, 0 where not scored
-) -> Tensor:                  # fp32
-    "Cross-entropy of the head's logits, which are never whole."
-    if reduction not in ("mean", "sum", "none"): raise UserError(f"reduction is {reduction!r}; it must be mean, sum or none")
-    scored, kind = targets.flatten() != -100, hidden.device.type
-    rows, aims = hidden.flatten(0, -2)[scored], targets.flatten()[scored]
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    scale = None if reduction == "none" else 1 / max(1, len(aims)) if reduction == "mean" else 1.0
-    with torch.autocast(kind, enabled=False):
-        if not torch.is_grad_enabled() or scale is None: losses = HeadLoss.apply(rows, weight, aims, dtype, None)
-        else: return HeadLoss.apply(rows, weight, aims, dtype, scale)
-    if scale is not None: return losses.sum() * scale
-    return losses.new_zeros(targets.numel()).masked_scatter(scored, losses).view(targets.shape)
-
 # %% ../nbs/06b_mamba2.ipynb #fa26179a
 def _shifted(
     labels: Tensor,           # (rows, T): what stands at each position
@@ -363,8 +236,10 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
         if labels is not None: targets = _shifted(labels, seq_idx)
         if targets is not None and use_cache is None: use_cache = False
         kwargs = {k: v for k, v in kwargs.items() if k in BACKBONE}
+        rows, owed = (None, None) if targets is None else look_up(self.backbone.embeddings, input_ids, self.lm_head)
+        if rows is not None: input_ids, kwargs = None, kwargs | {"inputs_embeds": rows}
         out = self.backbone(input_ids, seq_idx=seq_idx, use_cache=use_cache, return_dict=True, **kwargs)
-        loss, logits = _head(self, out.last_hidden_state, targets, reduction, logits_to_keep)
+        loss, logits = _head(self, out.last_hidden_state, targets, reduction, logits_to_keep, rows, owed)
         out = Mamba2CausalLMOutput(loss=loss, logits=logits, cache_params=out.cache_params, hidden_states=out.hidden_states)
         return out.to_tuple() if return_dict is False else out
 
@@ -381,9 +256,10 @@ def _head(
     targets: Tensor | None,    # (rows, T)
     reduction: str,
     keep: int | Tensor,        # positions whose logits are wanted
+    rows: Tensor | None, owed: Owed | None,  # of `look_up`
 ) -> tuple[Tensor | None, Tensor | None]:  # loss, logits: one of them
     "The loss without logits, or the logits in fp32."
-    if targets is not None: return head_loss(hidden, model.lm_head.weight, targets, reduction), None
+    if targets is not None: return head_loss(hidden, model.lm_head.weight, targets, reduction, rows, owed), None
     hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep] if isinstance(keep, Tensor) or keep else hidden
     return None, model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
 
