@@ -9,6 +9,7 @@ __all__ = ['MATH', 'ROOMS', 'KEEP', 'SOURCES', 'inline', 'f32', 'u16', 'in_llvm'
 
 # %% ../nbs/06_loops.ipynb #0e26ee1d
 import ctypes, functools, hashlib, os, pkgutil, platform, sys
+import types as python_types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .lanes import Lanes, exponential, over_sigmoid, rounded, widened
+from .lanes import I64, WORD, Lanes, exponential, over_sigmoid, rounded, widened
 
 # %% ../nbs/06_loops.ipynb #6631d41e
 MATH = {"contract", "reassoc", "arcp", "nsz"}  # of LLVM's liberties with floating point; not among them: that nothing is NaN
@@ -163,6 +166,77 @@ def parts_of(
     "How many parts a loop has."
     return -(-n // max(least, -(-n // PARTS)))
 
+# %% ../nbs/06_loops.ipynb #690b4481
+def _share(number, of, n, size, arguments):
+    "What one thread of a team does."
+    parts = -(-n // size)
+    for part in range(number * parts // of, (number + 1) * parts // of): LOOP(*arguments, part, part * size, min(n, (part + 1) * size))  # noqa: F821 given in `_for`
+
+def _together(runtime, threads, n, size, arguments): return _in_team(runtime, threads, SHARE, n, size, arguments)  # noqa: F821 given in `_for`
+
+def _for(loop: Dispatcher, code: Callable, **given: Any) -> Callable:
+    "Code that calls a loop: one function for each, since compiled code knows what it calls."
+    made = python_types.FunctionType(code.__code__, {"__name__": __name__, "_in_team": _in_team, **given}, code.__name__)
+    made.__qualname__, made.__module__ = f"{loop.py_func.__module__}_{loop.py_func.__qualname__}{code.__name__}", __name__
+    return made
+
+@functools.cache
+def _on_threads(loop: Dispatcher) -> Any:
+    "A loop on all threads: (the runtime's functions, threads, rows, rows of a part, the loop's arguments) → how many threads failed."
+    share = njit(nogil=True, error_model="numpy")(_for(loop, _share, LOOP=loop))
+    return njit(nogil=True, error_model="numpy", cache=KEEP)(_for(loop, _together, SHARE=share))
+
+# %% ../nbs/06_loops.ipynb #8148afe8
+def _work_of_a_thread(context, builder, share, kinds, record):
+    "The function that the runtime calls on each thread, with a pointer to the record."
+    byte = ir.IntType(8).as_pointer()
+    work = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte]), builder.module.get_unique_name(f"{builder.function.name}.thread"))
+    work.linkage, b = "internal", ir.IRBuilder(work.append_basic_block())
+    place = b.bitcast(work.args[0], record.as_pointer())
+    field = lambda k: b.load(cgutils.gep_inbounds(b, place, 0, k))
+    ask = lambda k: b.sext(b.call(b.inttoptr(field(k), ir.FunctionType(WORD, []).as_pointer()), []), I64)
+    status, _ = context.call_conv.call_function(b, context.declare_function(builder.module, share.fndesc), types.none, kinds, [ask(0), ask(1), *map(field, (2, 3, 4))])
+    b.atomic_rmw("add", cgutils.gep_inbounds(b, place, 0, 5), b.zext(status.is_error, I64), "monotonic")
+    b.ret_void()
+    return builder.bitcast(work, byte)
+
+# %% ../nbs/06_loops.ipynb #e072543d
+def _borrowed(context, builder, kind, value):
+    "Arrays that are not counted, alone or in tuples."
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo, array.parent = cgutils.get_null_value(array.meminfo.type), cgutils.get_null_value(array.parent.type)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        for k, inner in enumerate(kind): value = builder.insert_value(value, _borrowed(context, builder, inner, builder.extract_value(value, k)), k)
+    return value
+
+# %% ../nbs/06_loops.ipynb #d1da9899
+@in_llvm
+def _in_team(typing, runtime, threads, share, n, size, arguments):
+    i, byte = types.int64, ir.IntType(8).as_pointer()
+    kinds = (i, i, i, i, arguments)
+    share.dispatcher.get_call_template(kinds, {})  # compiles it
+    def build(context, b, signature, values):
+        runtime, threads, _, *fields = values
+        number, of, parallel = (b.extract_value(runtime, k) for k in range(3))
+        fields = [number, of, *fields[:-1], _borrowed(context, b, arguments, fields[-1]), I64(0)]
+        place = cgutils.alloca_once(b, ir.LiteralStructType([v.type for v in fields]))
+        for k, v in enumerate(fields): b.store(v, cgutils.gep_inbounds(b, place, 0, k))
+        compiled = share.dispatcher.overloads[kinds]
+        context.add_linking_libs([compiled.library])
+        work = _work_of_a_thread(context, b, compiled, kinds, place.type.pointee)
+        kind = ir.FunctionType(ir.VoidType(), [byte, byte, WORD, WORD])
+        b.call(b.inttoptr(parallel, kind.as_pointer()), [work, b.bitcast(place, byte), b.trunc(threads, WORD), WORD(0)])
+        return b.load(cgutils.gep_inbounds(b, place, 0, len(fields) - 1))
+    return i(runtime, i, share, i, i, arguments), build
+
+# %% ../nbs/06_loops.ipynb #7e090e56
+@functools.cache
+def _functions_of(runtime: Any) -> tuple[int, ...]:
+    "Where the runtime's functions are."
+    return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value or 0 for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"))
+
 def spread(
     loop: Callable,  # takes the arguments, the number of a part, its first row and the one after its last
     n: int,          # rows
@@ -171,11 +245,14 @@ def spread(
 ) -> None:
     "Run a loop over rows, part by part, on PyTorch's threads."
     keep_memory()
-    size = max(least, -(-n // PARTS))
-    parts = [(k, first, min(first + size, n)) for k, first in enumerate(range(0, n, size))]
+    size, runtime = max(least, -(-n // PARTS)), _openmp()
+    parts = -(-n // size) if n else 0
+    threads = max(1, min(torch.get_num_threads(), parts))
+    if isinstance(loop, Dispatcher) and runtime is not None:
+        if _on_threads(loop)(_functions_of(runtime), threads, n, size, arguments): raise RuntimeError(f"{loop.py_func.__name__} failed on one of its threads")
+        return
     def share(i, of):
-        for part in parts[i * len(parts) // of:(i + 1) * len(parts) // of]: loop(*arguments, *part)
-    threads = min(torch.get_num_threads(), len(parts))
+        for k in range(i * parts // of, (i + 1) * parts // of): loop(*arguments, k, k * size, min(n, (k + 1) * size))
     if threads > 1: team(threads, share)
     else: share(0, 1)
 
