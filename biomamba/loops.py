@@ -167,27 +167,17 @@ def parts_of(
     return -(-n // max(least, -(-n // PARTS)))
 
 # %% ../nbs/06_loops.ipynb #690b4481
-def _share(number, of, n, size, arguments):
-    "What one thread of a team does."
-    parts = -(-n // size)
-    for part in range(number * parts // of, (number + 1) * parts // of): LOOP(*arguments, part, part * size, min(n, (part + 1) * size))  # noqa: F821 given in `_for`
-
-def _together(runtime, threads, n, size, arguments): return _in_team(runtime, threads, SHARE, n, size, arguments)  # noqa: F821 given in `_for`
-
-def _for(loop: Dispatcher, code: Callable, **given: Any) -> Callable:
-    "Code that calls a loop: one function for each, since compiled code knows what it calls."
-    made = python_types.FunctionType(code.__code__, {"__name__": __name__, "_in_team": _in_team, **given}, code.__name__)
-    made.__qualname__, made.__module__ = f"{loop.py_func.__module__}_{loop.py_func.__qualname__}{code.__name__}", __name__
-    return made
+def _together(runtime, threads, n, size, arguments): return _in_team(runtime, threads, LOOP, n, size, arguments)  # noqa: F821 given below
 
 @functools.cache
 def _on_threads(loop: Dispatcher) -> Any:
-    "A loop on all threads: (the runtime's functions, threads, rows, rows of a part, the loop's arguments) → how many threads failed."
-    share = njit(nogil=True, error_model="numpy")(_for(loop, _share, LOOP=loop))
-    return njit(nogil=True, error_model="numpy", cache=KEEP)(_for(loop, _together, SHARE=share))
+    "A loop on all threads: (the runtime's functions, threads, rows, rows of a part, the loop's arguments) → how many parts failed."
+    made = python_types.FunctionType(_together.__code__, {"__name__": __name__, "_in_team": _in_team, "LOOP": loop}, _together.__name__)  # one for each loop, since compiled code knows what it calls
+    made.__qualname__, made.__module__ = f"{loop.py_func.__module__}_{loop.py_func.__qualname__}_together", __name__
+    return njit(nogil=True, error_model="numpy", cache=KEEP)(made)
 
 # %% ../nbs/06_loops.ipynb #8148afe8
-def _work_of_a_thread(context, builder, share, kinds, record):
+def _work_of_a_thread(context, builder, loop, kinds, record):
     "The function that the runtime calls on each thread, with a pointer to the record."
     byte = ir.IntType(8).as_pointer()
     work = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte]), builder.module.get_unique_name(f"{builder.function.name}.thread"))
@@ -195,8 +185,15 @@ def _work_of_a_thread(context, builder, share, kinds, record):
     place = b.bitcast(work.args[0], record.as_pointer())
     field = lambda k: b.load(cgutils.gep_inbounds(b, place, 0, k))
     ask = lambda k: b.sext(b.call(b.inttoptr(field(k), ir.FunctionType(WORD, []).as_pointer()), []), I64)
-    status, _ = context.call_conv.call_function(b, context.declare_function(builder.module, share.fndesc), types.none, kinds, [ask(0), ask(1), *map(field, (2, 3, 4))])
-    b.atomic_rmw("add", cgutils.gep_inbounds(b, place, 0, 5), b.zext(status.is_error, I64), "monotonic")
+    number, of, n, size, arguments = ask(0), ask(1), *map(field, (2, 3, 4))
+    parts = b.sdiv(b.add(n, b.sub(size, I64(1))), size)
+    share = lambda k: b.sdiv(b.mul(k, parts), of)
+    with cgutils.for_range(b, share(b.add(number, I64(1))), start=share(number)) as turn:
+        first = b.mul(turn.index, size)
+        end = b.add(first, size)
+        given = [*cgutils.unpack_tuple(b, arguments), turn.index, first, b.select(b.icmp_signed("<", end, n), end, n)]
+        status, _ = context.call_conv.call_function(b, context.declare_function(builder.module, loop.fndesc), loop.fndesc.restype, kinds, given, attrs=("noinline",))  # the same code, and bits, as without a team
+        b.atomic_rmw("add", cgutils.gep_inbounds(b, place, 0, 5), b.zext(status.is_error, I64), "monotonic")
     b.ret_void()
     return builder.bitcast(work, byte)
 
@@ -213,23 +210,23 @@ def _borrowed(context, builder, kind, value):
 
 # %% ../nbs/06_loops.ipynb #d1da9899
 @in_llvm
-def _in_team(typing, runtime, threads, share, n, size, arguments):
+def _in_team(typing, runtime, threads, loop, n, size, arguments):
     i, byte = types.int64, ir.IntType(8).as_pointer()
-    kinds = (i, i, i, i, arguments)
-    share.dispatcher.get_call_template(kinds, {})  # compiles it
+    kinds = (*arguments.types, i, i, i)
+    loop.dispatcher.get_call_template(kinds, {})  # compiles it
     def build(context, b, signature, values):
         runtime, threads, _, *fields = values
         number, of, parallel = (b.extract_value(runtime, k) for k in range(3))
         fields = [number, of, *fields[:-1], _borrowed(context, b, arguments, fields[-1]), I64(0)]
         place = cgutils.alloca_once(b, ir.LiteralStructType([v.type for v in fields]))
         for k, v in enumerate(fields): b.store(v, cgutils.gep_inbounds(b, place, 0, k))
-        compiled = share.dispatcher.overloads[kinds]
+        compiled = loop.dispatcher.overloads[kinds]
         context.add_linking_libs([compiled.library])
         work = _work_of_a_thread(context, b, compiled, kinds, place.type.pointee)
         kind = ir.FunctionType(ir.VoidType(), [byte, byte, WORD, WORD])
         b.call(b.inttoptr(parallel, kind.as_pointer()), [work, b.bitcast(place, byte), b.trunc(threads, WORD), WORD(0)])
         return b.load(cgutils.gep_inbounds(b, place, 0, len(fields) - 1))
-    return i(runtime, i, share, i, i, arguments), build
+    return i(runtime, i, loop, i, i, arguments), build
 
 # %% ../nbs/06_loops.ipynb #7e090e56
 @functools.cache
