@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loops import by_loops, conv_backward_loop, conv_loop, copied, numbers, parts_of, product_dtype, rows, spread
+from .loops import by_loops, copied, numbers, parts_of, product_dtype, rows, spread
+from .window_loops import conv_backward_loop, conv_loop
 
 # %% ../nbs/06a_conv.ipynb #28fef878
 def _same_document(
@@ -131,8 +132,8 @@ def reaches(
     return (torch.arange(shape[1]) - document_starts(seq_idx, shape)).clamp(max=taps - 1).flatten().int()
 
 # %% ../nbs/06a_conv.ipynb #616b3af7
-def _taps(weight: Tensor) -> Tensor:  # (channels, K) to (K, channels), the first for the token itself
-    return weight.flip(1).T.contiguous()
+def _taps(weight: Tensor) -> tuple:  # (channels, K) to K rows, the first for the token itself
+    return tuple(numbers(weight.T.contiguous()))[::-1]
 
 def conv_forward(
     x: Tensor,           # (batch, T, channels)
@@ -143,7 +144,7 @@ def conv_forward(
 ) -> Tensor:             # (batch, T, channels)
     "The convolution by loops."
     y = torch.empty(x.shape, dtype=dtype)
-    spread(conv_loop, len(reach), *rows(x), numbers(_taps(weight)), copied(bias), numbers(reach), numbers(y.flatten(0, 1)), least=32)
+    spread(conv_loop, len(reach), *rows(x), _taps(weight), copied(bias), numbers(reach), numbers(y.flatten(0, 1)), least=32)
     return y
 
 # %% ../nbs/06a_conv.ipynb #b5d9e3d9
@@ -153,10 +154,11 @@ def conv_backward(
     dx: Tensor,                # (batch, T, channels), whose rows may stand apart: the gradient of x; out
 ) -> tuple[Tensor, Tensor]:    # gradients of weight and bias
     "The convolution backwards by loops."
-    w, parts = _taps(weight), parts_of(len(reach), 32)
-    dw, db = w.new_zeros(parts, *w.shape), w.new_zeros(parts, w.shape[1])
-    spread(conv_backward_loop, len(reach), *rows(dy), *rows(x), numbers(w), copied(bias), numbers(reach), *rows(dx.view(-1, dx.shape[-1])), numbers(dw), numbers(db), least=32)
-    return dw.sum(0).T.flip(1), db.sum(0)
+    channels, K = weight.shape
+    sums = weight.new_zeros(parts_of(len(reach), 32), K + 1, channels)
+    spread(conv_backward_loop, len(reach), *rows(dy), *rows(x), _taps(weight), copied(bias), numbers(reach), *rows(dx.view(-1, dx.shape[-1])), numbers(sums), least=32)
+    dw, db = sums.sum(0).split((K, 1))
+    return dw.T.flip(1), db[0]
 
 # %% ../nbs/06a_conv.ipynb #bfe91303
 class LoopConv(torch.autograd.Function):

@@ -212,11 +212,11 @@ def test_what_is_kept_on_disk_is_not_taken_for_other_text(tmp_path):
     package = tmp_path / "room"
     shutil.copytree(Path(loops.__file__).parent, package, ignore=lambda folder, names: [n for n in names if n not in (*loops.ROOMS, "__init__.py")])
     (package / "__init__.py").write_text("")
-    source = (package / "loops.py").read_text().replace('"biomamba", room', '"room", room')
-    def found(text):
-        (package / "loops.py").write_text(text)
+    rooms = {room: (package / room).read_text() for room in ("loops.py", "lanes.py")}
+    def found(room, text):
+        (package / room).write_text(text)
         done = subprocess.run([sys.executable, "-c", MIXED], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True)
         return float(done.stdout)
-    assert found(source) == 1 and list(package.rglob("*.nbi"))
-    changed = source.replace("    return (p * r * r + r + f32(1.0)) *", "    return f32(2.0) * (p * r * r + r + f32(1.0)) *")
-    assert changed != source and found(changed) == 2
+    assert found("loops.py", rooms["loops.py"].replace('"biomamba", room', '"room", room')) == 1 and list(package.rglob("*.nbi"))
+    changed = rooms["lanes.py"].replace("return _power(_within(x, -87, 88), 1)", "return _power(_within(x, -87, 88), 1) * 2.0")
+    assert changed != rooms["lanes.py"] and found("lanes.py", changed) == 2
