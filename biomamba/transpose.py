@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .loops import by_loops, loop, numbers, read, spread, write
+from .lanes import HALF, I64, WORD, load, rounded, side_by_side, store, widened
+from .loops import by_loops, loop, read, spread, write
 
 # %% ../nbs/06_transpose.ipynb #1dce3860
 SIDE = 32  # numbers
@@ -42,47 +42,29 @@ def _turned(rows: list, mix) -> list:
 _places = _turned([[(row, column) for column in range(SIDE)] for row in range(SIDE)], lambda u, v, mask: [(u + v)[p] for p in mask])
 COLUMNS = [column[0][1] for column in _places]  # that the stages end with
 
-# %% ../nbs/06_transpose.ipynb #6cf50e36
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+# %% ../nbs/06_transpose.ipynb #07cd4140
 in_llvm: Any = intrinsic  # whose first argument is the compiler's, which a type checker does not know
 
-def _line(kind) -> ir.VectorType: return ir.VectorType(kind, SIDE)
-def _all(n: int) -> ir.Constant: return ir.Constant(_line(_I32), [n] * SIDE)
+def _row(context, b, start, i) -> Any:
+    "32 bits of bf16, of bf16 or fp32."
+    if start.type.pointee != HALF: return rounded(context, load(b, start, i, SIDE))
+    return b.load(b.bitcast(b.gep(start, [i]), side_by_side(HALF, SIDE).as_pointer()), align=2)
 
-def _to_half(b, v):
-    "32 numbers of fp32 as bf16."
-    bits = b.bitcast(v, _line(_I32))
-    even = b.and_(b.lshr(bits, _all(16)), _all(1))
-    upper = b.lshr(b.add(bits, b.add(even, _all(0x7FFF))), _all(16))
-    return b.trunc(b.select(b.fcmp_unordered("uno", v, v), _all(0x7FC0), upper), _line(_I16))
-
-def _to_whole(b, v): return b.bitcast(b.shl(b.zext(v, _line(_I32)), _all(16)), _line(_F32))
-
-# %% ../nbs/06_transpose.ipynb #07cd4140
-def _mixed(b):
-    return lambda u, v, mask: b.shuffle_vector(u, v, ir.Constant(_line(_I32), mask))
-
-def _lines(b, context, kind, array, first, step):
-    "Pointers to 32 rows of an array in a line."
-    start = context.make_array(kind)(context, b, array).data
-    element = _I16 if kind.dtype == types.uint16 else _F32
-    return [b.bitcast(b.gep(start, [b.add(first, b.mul(step, _I64(i)))]), _line(element).as_pointer()) for i in range(SIDE)]
+def _put_column(context, b, v, start, i, add) -> None:
+    "32 bits of bf16 into bf16, or stored or added as fp32."
+    if start.type.pointee == HALF: return b.store(v, b.bitcast(b.gep(start, [i]), v.type.as_pointer()), align=2)
+    with b.if_else(add) as (then, otherwise):
+        with then: store(context, load(b, start, i, SIDE) + widened(b, v), start, i)
+        with otherwise: store(context, widened(b, v), start, i)
 
 @in_llvm
 def _square(typing, x, at, step, y, to, pace, add):
     def emit(context, b, signature, args):
-        x_kind, y_kind = signature.args[0], signature.args[3]
-        rows = [b.load(p, align=2) for p in _lines(b, context, x_kind, *args[:3])]
-        columns = _turned(rows if x_kind.dtype == types.uint16 else [_to_half(b, v) for v in rows], _mixed(b))
-        targets = _lines(b, context, y_kind, *args[3:6])
-        if y_kind.dtype == types.float32:
-            columns = [_to_whole(b, v) for v in columns]
-            with b.if_then(args[6]):
-                for v, c in zip(columns, COLUMNS): b.store(b.fadd(v, b.load(targets[c], align=4)), targets[c], align=4)
-            with b.if_then(b.not_(args[6])):
-                for v, c in zip(columns, COLUMNS): b.store(v, targets[c], align=4)
-        else:
-            for v, c in zip(columns, COLUMNS): b.store(v, targets[c], align=2)
+        x_start, y_start = (context.make_array(signature.args[k])(context, b, args[k]).data for k in (0, 3))
+        place = lambda first, distance, i: b.add(first, b.mul(distance, I64(i)))
+        mix = lambda u, v, mask: b.shuffle_vector(u, v, ir.Constant(side_by_side(WORD, SIDE), mask))
+        columns = _turned([_row(context, b, x_start, place(*args[1:3], i)) for i in range(SIDE)], mix)
+        for v, c in zip(columns, COLUMNS): _put_column(context, b, v, y_start, place(*args[4:6], c), args[6])
         return context.get_dummy_value()
     return types.void(x, types.int64, types.int64, y, types.int64, types.int64, types.boolean), emit
 
