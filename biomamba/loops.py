@@ -195,7 +195,7 @@ def _work_of_a_thread(context, builder, loop, kinds, record):
         first = b.mul(turn.index, size)
         end = b.add(first, size)
         given = [*cgutils.unpack_tuple(b, arguments), turn.index, first, b.select(b.icmp_signed("<", end, n), end, n)]
-        status, _ = context.call_conv.call_function(b, context.declare_function(builder.module, loop.fndesc), loop.fndesc.restype, kinds, given, attrs=("noinline",))  # the same code, and bits, as without a team
+        status, _ = context.call_conv.call_function(b, context.declare_function(builder.module, loop.fndesc), loop.fndesc.restype, kinds, given)
         b.atomic_rmw("add", cgutils.gep_inbounds(b, place, 0, 5), b.zext(status.is_error, I64), "monotonic")
     b.ret_void()
     return builder.bitcast(work, byte)
@@ -237,6 +237,16 @@ def _functions_of(runtime: Any) -> tuple[int, ...]:
     "Where the runtime's functions are."
     return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value or 0 for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"))
 
+_NUMBER, _PARALLEL = ctypes.CFUNCTYPE(ctypes.c_int), ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+@functools.cache
+def _thread_of_our_own(number: int, of: int) -> Any:
+    "What answers a loop in the runtime's place where a thread is none of the runtime's."
+    class Answers:
+        omp_get_thread_num, omp_get_num_threads = staticmethod(_NUMBER(lambda: number)), staticmethod(_NUMBER(lambda: of))
+        GOMP_parallel = staticmethod(_PARALLEL(lambda work, record, threads, flags: _WORK(work)(record)))
+    return Answers
+
 def spread(
     loop: Callable,  # takes the arguments, the number of a part, its first row and the one after its last
     n: int,          # rows
@@ -248,8 +258,12 @@ def spread(
     size, runtime = max(least, -(-n // PARTS)), _openmp()
     parts = -(-n // size) if n else 0
     threads = max(1, min(torch.get_num_threads(), parts))
-    if isinstance(loop, Dispatcher) and runtime is not None:
-        if _on_threads(loop)(_functions_of(runtime), threads, n, size, arguments): raise RuntimeError(f"{loop.py_func.__name__} failed on one of its threads")
+    if isinstance(loop, Dispatcher):
+        run = lambda runtime: _on_threads(loop)(_functions_of(runtime), threads, n, size, arguments)
+        if runtime is not None: failed = run(runtime)
+        else:
+            with ThreadPoolExecutor(threads) as pool: failed = sum(pool.map(run, [_thread_of_our_own(i, threads) for i in range(threads)]))
+        if failed: raise RuntimeError(f"{loop.py_func.__name__} failed on one of its threads")
         return
     def share(i, of):
         for k in range(i * parts // of, (i + 1) * parts // of): loop(*arguments, k, k * size, min(n, (k + 1) * size))
