@@ -151,9 +151,9 @@ def _to_input(dy, projected, seq_idx, p: Parameters, shape: Shape, dtype, kept, 
     leaves = [v.detach().requires_grad_() for v in (dt, p.dt_bias, p.A)]
     with torch.enable_grad(): steps, decays = _steps(leaves[0], leaves[1], leaves[2], shape)
     dchannels = x.new_empty(*x.shape[:2], inputs.shape[-1])
-    dx, dmaps = dchannels.split([dy.shape[-1], inputs.shape[-1] - dy.shape[-1]], -1)
-    dsteps, ddecays, dB, dC, dD, _ = scan_backward(x, steps.detach(), B, C, p.D.view(steps.shape[2:]), kept, batch, cut(dy, shape.chunk).view(x.shape), None, dx.view(x.shape))
-    dmaps.copy_(torch.cat([dB.flatten(2), dC.flatten(2)], -1))
+    width = (inputs.shape[-1] - dy.shape[-1]) // 2
+    parts = [d.view(v.shape) for d, v in zip(dchannels.split([dy.shape[-1], width, width], -1), (x, B, C))]
+    dsteps, ddecays, dD, _ = scan_backward(x, steps.detach(), B, C, p.D.view(steps.shape[2:]), kept, batch, cut(dy, shape.chunk).view(x.shape), None, *parts)
     _, dinputs, ddt = _sides(d, p)
     dweight, dbias = conv_backward(_joined(dchannels, batch, T), inputs, p.conv_weight, p.conv_bias, reach, dinputs)
     of_dt, dt_bias, A = torch.autograd.grad((steps, decays), leaves, (dsteps, ddecays))

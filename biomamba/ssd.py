@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .conv import document_starts
+from .conv import document_before, document_starts, starts_before
 from .loops import by_loops, copied, numbers, parts_of, product_dtype, rows, spread
 from .scan_loops import dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop, pass_loop, scale_loop
+from .tile_scan import fits_tiles, tile_forward
+from .tile_scan_backward import tile_backward
 
 # %% ../nbs/06a_ssd.ipynb #02c2617b
 def _per_head(
@@ -112,7 +114,7 @@ def decays(
     "Decay factors into, out of and through each chunk, zero across documents."
     out = Decays(_decayed(s.clone()), _decayed(s[:, -1:] - s), _decayed(s[:, -1].clone()))
     if seq_idx is None: return out
-    before = F.pad(seq_idx[:, -1].view(batch, -1)[:, :-1], (1, 0)).reshape(-1, 1)  # 0 before the first chunk
+    before = document_before(seq_idx, batch)
     same = lambda ids, other: (ids == other)[..., None, None]
     return Decays(out.arrive * same(seq_idx, before), out.leave * same(seq_idx, seq_idx[:, -1:]),
                   out.carry * same(seq_idx[:, -1], before[:, 0]))
@@ -361,12 +363,12 @@ def _pass(
 # %% ../nbs/06a_ssd.ipynb #8fb806ec
 class Kept(NamedTuple):
     "What the gradient needs beside the inputs."
-    s: Tensor       # (rows, H, Q)
-    start: Tensor   # (rows, Q): where a token's document starts
-    before: Tensor  # (rows, G, N, R · P): the state before each row, in the dtype of the products
-    arrive: Tensor  # (rows, Q, G, R); this and the next two as in `Decays`
-    leave: Tensor   # (rows, Q, G, R)
-    carry: Tensor   # (rows, G, R)
+    s: Tensor                     # (rows, H, Q)
+    start: Tensor                 # (rows, Q): where a token's document starts; by tiles as `starts_before` has it
+    before: Tensor                # (rows, G, N, R · P): the state before each row, in the dtype of the products; by tiles (rows, H, N, P)
+    arrive: Tensor | None = None  # (rows, Q, G, R); this and the next two as in `Decays`, by tiles not kept
+    leave: Tensor | None = None   # (rows, Q, G, R)
+    carry: Tensor | None = None   # (rows, G, R)
 
 # %% ../nbs/06a_ssd.ipynb #4a4fcf0b
 def scan_forward(
@@ -381,7 +383,11 @@ def scan_forward(
     batch: int,              # sequences
     dtype: torch.dtype,      # of the products: fp32 or bf16
 ) -> tuple[Tensor, Tensor, Kept]:  # outputs as x, in that dtype; last state as `initial`, fp32
-    "The four steps by loops."
+    "The four steps by loops, or by tiles."
+    if fits_tiles(x, B, C, dtype):
+        begun = starts_before(seq_idx, x.shape[:2], batch)
+        y, last, s, before = tile_forward(x, dt, a, B, C, D, begun, initial, batch)
+        return y, last, Kept(s, begun, before)
     s = a.cumsum(1)
     start, d = document_starts(seq_idx, s.shape[:2]), decays(s, seq_idx, batch)
     s = s.flatten(2).transpose(1, 2).contiguous()
@@ -412,25 +418,27 @@ def scan_backward(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, D: Tensor, kept: Kept, batch: int,  # of `scan_forward`
     dy: Tensor,            # as x
     last: Tensor | None,   # gradient of the last state, (batch, G, N, R, P)
-    dx: Tensor,            # as x, its rows may stand apart: the gradient of x; out
-) -> tuple[Tensor, ...]:   # gradients of dt, Δ A, B, C, D and the initial state
-    "The four steps backwards by loops."
+    dx: Tensor, dB: Tensor, dC: Tensor,  # as x, B and C, their tokens may stand apart: the gradients; out
+) -> tuple[Tensor, ...]:   # gradients of dt, Δ A, D and the initial state
+    "The four steps backwards, as they were taken."
+    if kept.arrive is None: return tile_backward(x, dt, B, C, D, kept.start, kept.s, kept.before, batch, dy.to(x.dtype), last, dx, dB, dC)
+    assert kept.leave is not None and kept.carry is not None
     dtype, real = kept.before.dtype, torch.float32
     xdt, leaving = _layouts(x, dt, dt * kept.leave, dtype)
     heads, arrived = _layouts(dy, torch.ones_like(dt), kept.arrive, dtype)
     after, first = _pass(_by_group(C, dtype).mT @ arrived, kept.carry, last, batch, back=True)
     own, dG, ds = _mixed_backward(heads, xdt, kept.s, kept.start, _products(C, B))
-    dB = (leaving @ after.mT).to(real) + dG.mT @ _by_group(C, real)
-    dC = (arrived @ kept.before.mT).to(real) + dG @ _by_group(B, real)
+    dB.copy_(((leaving @ after.mT).to(real) + dG.mT @ _by_group(C, real)).transpose(1, 2))
+    dC.copy_(((arrived @ kept.before.mT).to(real) + dG @ _by_group(B, real)).transpose(1, 2))
     u, far = _by_group(B, dtype) @ after, _by_group(C, dtype) @ kept.before
     xu, left, dD = _join_backward(own, u, far, kept, dt, D, x, dy, dx, ds)
     ds[:, :, -1] += left + (kept.carry * _dot(kept.before, after, x)).flatten(1)
     da = ds.flip(2).cumsum(2).flip(2).transpose(1, 2).reshape(dt.shape)
-    return xu, da, dB.transpose(1, 2), dC.transpose(1, 2), dD, first
+    return xu, da, dD, first
 
 # %% ../nbs/06a_ssd.ipynb #59c583a0
 class LoopScan(torch.autograd.Function):
-    "`ChunkScan` by loops; under autocast to bf16 its products are in bf16."
+    "`ChunkScan` by loops or tiles; under autocast to bf16 its products are in bf16."
 
     @staticmethod
     def forward(ctx, x, dt, a, B, C, D, initial, seq_idx, batch):
@@ -438,19 +446,17 @@ class LoopScan(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             y, last, kept = scan_forward(x, dt, a, B, C, D, initial, seq_idx, batch, dtype)
         ctx.save_for_backward(x, dt, B, C, D, *kept)
-        ctx.set_materialize_grads(False)
-        ctx.batch, ctx.has_initial = batch, initial is not None
+        ctx.set_materialize_grads(False); ctx.batch, ctx.has_initial = batch, initial is not None
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, last):
         x, dt, B, C, D, *kept = ctx.saved_tensors  # read once, or recomputing activations fails
-        dx = torch.empty(x.shape, dtype=x.dtype)
+        dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype) for v in (x, B, C))
         with torch.autocast("cpu", enabled=False):
-            dy = torch.zeros_like(dx) if dy is None else dy
-            *grads, initial = scan_backward(x, dt, B, C, D, Kept(*kept), ctx.batch, dy, last, dx)
-            return dx, *grads, initial if ctx.has_initial else None, None, None
+            ddt, da, dD, initial = scan_backward(x, dt, B, C, D, Kept(*kept), ctx.batch, torch.zeros_like(x) if dy is None else dy, last, dx, dB, dC)
+            return dx, ddt, da, dB, dC, dD, initial if ctx.has_initial else None, None, None
 
 # %% ../nbs/06a_ssd.ipynb #c7d02f94
 def step_sizes(
