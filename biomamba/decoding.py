@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
+from .state_halves import SMALL, reads_halves, split
 from .token_loops import ALL, WAITING, embed, enter, phases
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
@@ -107,12 +108,14 @@ class Views(NamedTuple):
 class Memory:
     "What one layer remembers of a batch."
 
-    def __init__(self, mixer, rows: int, like: Tensor):
+    def __init__(self, mixer, rows: int, like: Tensor, halves: bool = False):  # halves: of the state, which `state_halves` splits
         m, J, K = mixer, WAITING, mixer.conv_kernel_size
         G, N, H, P = m.n_groups, m.ssm_state_size, m.num_heads, m.head_dim
         self.width = m.intermediate_size + m.conv_dim + H
         self.ring = like.new_zeros(K, rows, up(self.width, BLOCK))
-        self.state = in_large_pages(like.new_zeros(rows, G, N, H // G * P))
+        self.state = in_large_pages(like.new_zeros(rows, G, N, H // G * P, dtype=torch.float16 if halves else None))
+        self.rest = in_large_pages(torch.zeros_like(self.state, dtype=torch.int16)) if halves else None
+        self.bound = like.new_full((rows, H), SMALL)
         self.x, self.B = like.new_zeros(rows, H, J, P), like.new_zeros(rows, G, J, N)
         self.log = like.new_full((rows, H, J + 1), -torch.inf)  # the first: s_0, of the state
         self.log[..., 0] = 0
@@ -136,7 +139,11 @@ def put_row(
 ) -> None:
     "Let a row go on from a prompt's end."
     G, N = memory.state.shape[1:3]
-    memory.state[row] = state.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
+    placed = lambda t: t.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
+    if memory.rest is None: memory.state[row] = placed(state)
+    else:
+        memory.bound[row] = state.abs().amax((1, 2)).clamp(min=SMALL)
+        memory.state[row], memory.rest[row] = map(placed, split(state, memory.bound[row][:, None, None]))
     memory.log[row] = -torch.inf
     memory.log[row, :, 0] = 0
     for k in range(1, window.shape[1]): memory.steps[step].inputs[k][row] = window[:, -k]
@@ -148,7 +155,8 @@ def keep_rows(
     rows: Tensor,    # which rows it takes
 ) -> None:
     "Copy some rows into a smaller memory."
-    for name in ("state", "x", "B", "log"): getattr(other, name).copy_(getattr(memory, name)[rows])
+    names = "state", "bound", "x", "B", "log", *["rest"] * (memory.rest is not None)
+    for name in names: getattr(other, name).copy_(getattr(memory, name)[rows])
     other.ring.copy_(memory.ring[:, rows])
 
 # %% ../nbs/06d_decoding.ipynb #3a79dafb
@@ -303,7 +311,8 @@ class LoopStep:
         "What all work of a layer is given."
         return self.record | dict(
             phase=ALL, pieces=self.record["rows"], ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
-            dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state)
+            dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state,
+            bound=memory.bound, split=memory.rest is not None, rest=0 if memory.rest is None else memory.rest)
 
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
@@ -364,7 +373,8 @@ class Batch:
         backbone = decoder.model.backbone
         mixer, like = backbone.layers[0].mixer, decoder.embedding.new_zeros(0, dtype=torch.promote_types(decoder.embedding.dtype, torch.float32))
         self.decoder, self.rows, self.step = decoder, rows, 0
-        self.layers = [Memory(block.mixer, rows, like) for block in backbone.layers]
+        halves = decoder.by_loops and decoder.dtype == torch.bfloat16 and reads_halves()
+        self.layers = [Memory(block.mixer, rows, like, halves) for block in backbone.layers]
         if decoder.by_loops: self.scratch = LoopStep(decoder.model, decoder.embedding, decoder.layers, cast(Product, decoder.head), self.layers, rows)
         else: self.scratch = Scratch(mixer, decoder.embedding.shape[1], rows, like, decoder.dtype)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 # %% ../nbs/06_loops.ipynb #6631d41e
 MATH = {"contract", "reassoc", "arcp", "nsz"}  # of LLVM's liberties with floating point; not among them: that nothing is NaN
-ROOMS = ("loops.py", "scan_loops.py", "products.py", "token_loops.py")  # of compiled code
+ROOMS = ("loops.py", "scan_loops.py", "products.py", "state_halves.py", "token_loops.py")  # of compiled code
 KEEP = "__file__" in globals()  # compiled code is kept on disk by a module, not by a notebook
 SOURCES = hashlib.sha256(b"".join(pkgutil.get_data("biomamba", room) or b"" for room in ROOMS)).hexdigest()[:12] if KEEP else ""
 
