@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loops import keep_memory
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
@@ -293,7 +294,8 @@ class LoopStep:
     def __init__(self, model: BioMambaForCausalLM, table: Tensor, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
         m, first, out = cast(BioMambaMixer, model.backbone.layers[0].mixer), cast(Product, layers[0].in_proj), cast(Product, layers[0].out_proj)
         width, R, new = first.inputs, m.num_heads // m.n_groups, functools.partial(torch.zeros, rows)
-        self.now, self.ids, self.table = np.zeros(1, np.int64), np.zeros(rows, np.int64), table.contiguous()
+        self.now, self.ids, self.table, self.vocabulary = np.zeros(1, np.int64), np.zeros(rows, np.int64), table.contiguous(), len(table)
+        keep_memory()  # a step's logits take the place of those that nobody needs any more
         (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
         self.record: dict[str, Any] = dict(
             now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
@@ -323,8 +325,9 @@ class LoopStep:
     def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
         "One token of every row."
         if ids.shape != self.ids.shape: raise ValueError(f"{len(self.ids)} rows want a token each; ids of shape {tuple(ids.shape)} were given")
-        self.now[0], self.ids[:] = step, ids.numpy()
-        if self.ids.min() < 0 or self.ids.max() >= len(self.table): raise IndexError(f"tokens {ids.tolist()} were given; the model's vocabulary has the ids 0 to {len(self.table) - 1}")
+        tokens = ids.tolist()
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary: raise IndexError(f"tokens {tokens} were given; the model's vocabulary has the ids 0 to {self.vocabulary - 1}")
+        self.now[0], self.ids[:] = step, tokens
         logits = torch.empty_like(self.logits)
         self.head.record["y"] = logits.data_ptr()
         self.steps[step % len(self.steps)]()
