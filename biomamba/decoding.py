@@ -20,7 +20,7 @@ from .loops import keep_memory
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
-from .state_halves import SMALL, reads_halves, split
+from .state_halves import LARGE, SMALL, reads_halves, split
 from .token_loops import ALL, WAITING, embed, enter, phases
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
@@ -114,7 +114,7 @@ class Memory:
         G, N, H, P = m.n_groups, m.ssm_state_size, m.num_heads, m.head_dim
         self.width = m.intermediate_size + m.conv_dim + H
         self.ring = like.new_zeros(K, rows, up(self.width, BLOCK))
-        self.state = in_large_pages(like.new_zeros(rows, G, N, H // G * P, dtype=torch.float16 if halves else None))
+        self.state = in_large_pages(like.new_zeros(rows, H, N, P, dtype=torch.float16) if halves else like.new_zeros(rows, G, N, H // G * P))
         self.rest = in_large_pages(torch.zeros_like(self.state, dtype=torch.int16)) if halves else None
         self.bound = like.new_full((rows, H), SMALL)
         self.x, self.B = like.new_zeros(rows, H, J, P), like.new_zeros(rows, G, J, N)
@@ -140,11 +140,10 @@ def put_row(
 ) -> None:
     "Let a row go on from a prompt's end."
     G, N = memory.state.shape[1:3]
-    placed = lambda t: t.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
-    if memory.rest is None: memory.state[row] = placed(state)
+    if memory.rest is None: memory.state[row] = state.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
     else:
-        memory.bound[row] = state.abs().amax((1, 2)).clamp(min=SMALL)
-        memory.state[row], memory.rest[row] = map(placed, split(state, memory.bound[row][:, None, None]))
+        memory.bound[row] = state.abs().amax((1, 2)).nan_to_num(LARGE).clamp(SMALL, LARGE)
+        memory.state[row], memory.rest[row] = split(state.mT, memory.bound[row][:, None, None])
     memory.log[row] = -torch.inf
     memory.log[row, :, 0] = 0
     for k in range(1, window.shape[1]): memory.steps[step].inputs[k][row] = window[:, -k]

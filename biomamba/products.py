@@ -198,7 +198,7 @@ def _halves_of(b, v, kind):
     return [b.bitcast(part, kind) for part in (b.shl(v, whole(16)), b.and_(v, whole(0xFFFF0000)))]
 
 def _everywhere(b, v, times=BLOCK):
-    "One number 16 times."
+    "One number many times."
     none = ir.Constant(ir.VectorType(_F32, times), ir.Undefined)
     return b.shuffle_vector(b.insert_element(none, v, _I32(0)), none, ir.Constant(ir.VectorType(_I32, times), [0] * times))
 
@@ -331,29 +331,23 @@ def by_tiles(p):
 def blend(
     streams: int,  # k
     on: bool,      # whether the next rows will be wanted
-    half: bool = False,  # x in half precision
 ) -> Callable:  # (y, a, x, bytes from row to row, w, bytes from weight to weight, columns): in compiled code; addresses, a: fp32
     "a y + Σ w x, in the place of y."
-    numbers, short, width = _SUMS, ir.HalfType(), BLOCK * (1 + half)
-    if half: numbers = ir.VectorType(_F32, width)
     def build(context, b, signature, args):
         y, a, x, apart, w, between, columns = args
         weights = [b.load(_at(b, b.add(w, b.mul(between, _I64(k))), _F32), align=4) for k in range(streams)]
         rows = [b.add(x, b.mul(apart, _I64(k))) for k in range(streams)]
-        def read(at, kind):
-            if not half: return b.load(_at(b, at, kind), align=4)
-            return b.fpext(b.load(_at(b, at, ir.VectorType(short, width) if kind is numbers else short), align=2), kind)
         def add_up(kind, column, factor, weights):
             place = _at(b, b.add(y, b.mul(column, _I64(4))), kind)
             total = b.fmul(b.load(place, align=4), factor)
             for row, weight in zip(rows, weights):
-                at = b.add(row, b.mul(column, _I64(4 - 2 * half)))
-                if on and kind is numbers: _prefetch(b, b.add(at, b.mul(apart, _I64(streams))))
-                total = b.fadd(total, b.fmul(weight, read(at, kind), flags=("contract",)), flags=("contract",))
+                at = b.add(row, b.mul(column, _I64(4)))
+                if on and kind is _SUMS: _prefetch(b, b.add(at, b.mul(apart, _I64(streams))))
+                total = b.fadd(total, b.fmul(weight, b.load(_at(b, at, kind), align=4), flags=("contract",)), flags=("contract",))
             b.store(total, place, align=4)
-        whole, wide = b.sdiv(columns, _I64(width)), [_everywhere(b, v, width) for v in (a, *weights)]
-        with cgutils.for_range(b, whole) as loop: add_up(numbers, b.mul(loop.index, _I64(width)), wide[0], wide[1:])
-        with cgutils.for_range(b, b.srem(columns, _I64(width))) as loop: add_up(_F32, b.add(loop.index, b.mul(whole, _I64(width))), a, weights)
+        whole, wide = b.sdiv(columns, _I64(BLOCK)), [_everywhere(b, v) for v in weights]
+        with cgutils.for_range(b, whole) as loop: add_up(_SUMS, b.mul(loop.index, _I64(BLOCK)), _everywhere(b, a), wide)
+        with cgutils.for_range(b, b.srem(columns, _I64(BLOCK))) as loop: add_up(_F32, b.add(loop.index, b.mul(whole, _I64(BLOCK))), a, weights)
         return context.get_dummy_value()
     @in_llvm
     def mix(typing, y, a, x, apart, w, between, columns): return types.void(types.int64, types.float32, *[types.int64] * 5), build
