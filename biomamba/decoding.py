@@ -143,7 +143,7 @@ def put_row(
     if memory.rest is None: memory.state[row] = state.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
     else:
         memory.bound[row] = state.abs().amax((1, 2)).nan_to_num(LARGE).clamp(SMALL, LARGE)
-        memory.state[row], memory.rest[row] = split(state.mT, memory.bound[row][:, None, None])
+        memory.state[row], memory.rest[row] = split(state.float().mT, memory.bound[row][:, None, None])
     memory.log[row] = -torch.inf
     memory.log[row, :, 0] = 0
     for k in range(1, window.shape[1]): memory.steps[step].inputs[k][row] = window[:, -k]

@@ -18,6 +18,7 @@ WAITING = 16  # J; a multiple of the convolution's taps
 SIZES = "phase pieces now rows width H P G N J K channels ring_width half table_half split part"
 PLACES = "ids table hidden added added_width narrow narrow_width ring taps conv_bias dt_bias A D xbc decay mix log x B state rest bound gated squares wide wide_width"
 FIELDS, REALS = f"{SIZES} {PLACES}", "eps norm_eps least most"
+JOIN, READ, LEAVE, ALL = range(4)  # phases
 
 # %% ../nbs/06_token_loops.ipynb #65a20a0f
 @inline
@@ -77,6 +78,9 @@ def _convolve(j, row, step):
     if row == 0: fetch(j.taps, j.K * j.channels * 4)
     for k in range(j.K): fetch(j.ring + (((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P) * 4, j.channels * 4)
     fetch(j.B + row * j.G * j.J * j.N * 4, j.G * j.J * j.N * 4)
+    if j.phase == ALL:
+        if j.split: fetch(j.state + row * j.H * j.N * j.P * 2, j.N * j.P * 2)
+        for h in range(j.H): fetch(j.x + ((row * j.H + h) * j.J + step) * j.P * 4, j.P * 4)
     for c in range(len(z)): z[c] = bias[c]
     for k in range(j.K):
         slot = ((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P
@@ -141,6 +145,7 @@ def _from_state(state, apart, C, N, y, columns):
 def _head(j, row, h, step, y):
     "One head's output through its gate; the sum of its squares."
     x, mix, at, P = j.x + (row * j.H + h) * j.J * j.P * 4, j.mix + (row * j.H + h) * j.J * 4, y.ctypes.data, j.P * 4
+    fetch(x + j.J * P, (step + 1) * P)
     new, gate = j.xbc + (row * j.channels + h * j.P) * 4, floats(j.ring + ((step % j.K * j.rows + row) * j.ring_width + h * j.P) * 4, j.P)
     factor = floats(j.decay + (row * j.H + h) * (j.J + 1) * 4, 1)[0]
     if j.split: factor *= scale(floats(j.bound + (row * j.H + h) * 4, 1)[0])
@@ -225,8 +230,6 @@ def _read_out(j, piece, step, y, x):
     if step == j.J - 1 and not j.split: _enter_state(j, piece, state, R * j.P * 4, B, x)
 
 # %% ../nbs/06_token_loops.ipynb #7c0a5e22
-JOIN, READ, LEAVE, ALL = range(4)  # phases
-
 @shared(FIELDS, REALS)
 def between(p):
     "What lies between a layer's products: a phase of it, or all, for row after row."
