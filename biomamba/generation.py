@@ -63,7 +63,7 @@ def warpers(
     if o.top_p is not None: steps.append(TopPLogitsWarper(float(o.top_p)))
     return steps
 
-# %% ../nbs/06f_generation.ipynb #5914cd6b
+# %% ../nbs/06f_generation.ipynb #23f8405f
 def most_likely(
     logits: Tensor,  # (rows, V)
 ) -> list[int]:
@@ -71,12 +71,14 @@ def most_likely(
     if logits.device.type == "cpu" and logits.dtype == torch.float32: return [int(row.argmax()) for row in logits.detach().numpy()]
     return logits.argmax(-1).tolist()
 
+# %% ../nbs/06f_generation.ipynb #5914cd6b
 @torch.inference_mode()
 def _drawn(
     logits: Tensor,
     o: Options,
     generators: Sequence[torch.Generator | None],
 ) -> list[int]:
+    "A token of every row by its probability."
     cumulated = warpers(o)(None, logits.float()).double().softmax(-1).cumsum(-1)  # pyright: ignore[reportArgumentType] these warpers read no ids
     uniform = torch.cat([torch.rand(1, 1, generator=g) for g in generators]).to(cumulated)
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1).tolist()

@@ -149,13 +149,13 @@ def tokens_added(
             real, factor, over = _kinds(many)[3], _spread(b, a, many), _spread(b, c, many)
             inputs = [b.load(_at(b, b.add(b.add(x, b.mul(apart, _I64(i))), b.mul(first, _I64(4))), real), align=4) for i in range(tokens)]
             def some(together, start):
-                rows_ = [b.add(start, _I64(r)) for r in range(together)]
-                places = [b.mul(b.add(b.mul(row, columns), first), _I64(2)) for row in rows_]
+                which = [b.add(start, _I64(r)) for r in range(together)]
+                places = [b.mul(b.add(b.mul(row, columns), first), _I64(2)) for row in which]
                 both = [(b.add(upper, place), b.add(rest, place)) for place in places]
                 for _, beside in both: _prefetch(b, b.add(beside, size))
                 totals = [b.fmul(_load(b, *at, many), factor) for at in both]
                 for i, one in enumerate(inputs):
-                    for r, row in enumerate(rows_):
+                    for r, row in enumerate(which):
                         weight = _spread(b, b.load(_at(b, b.add(w, b.add(b.mul(row, _I64(4 * tokens)), _I64(4 * i))), _F32), align=4), many)
                         totals[r] = b.fadd(totals[r], b.fmul(weight, one, flags=("contract",)), flags=("contract",))
                 for total, at in zip(totals, both): _store(b, b.fmul(total, over), *at, many)
