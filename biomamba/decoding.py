@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loops import keep_memory
 from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
+from .state_halves import LARGE, SMALL, reads_halves, split
 from .token_loops import ALL, WAITING, embed, enter, phases
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
@@ -107,12 +109,14 @@ class Views(NamedTuple):
 class Memory:
     "What one layer remembers of a batch."
 
-    def __init__(self, mixer, rows: int, like: Tensor):
+    def __init__(self, mixer, rows: int, like: Tensor, halves: bool = False):  # halves: of the state, which `state_halves` splits
         m, J, K = mixer, WAITING, mixer.conv_kernel_size
         G, N, H, P = m.n_groups, m.ssm_state_size, m.num_heads, m.head_dim
         self.width = m.intermediate_size + m.conv_dim + H
         self.ring = like.new_zeros(K, rows, up(self.width, BLOCK))
-        self.state = in_large_pages(like.new_zeros(rows, G, N, H // G * P))
+        self.state = in_large_pages(like.new_zeros(rows, H, N, P, dtype=torch.float16) if halves else like.new_zeros(rows, G, N, H // G * P))
+        self.rest = in_large_pages(torch.zeros_like(self.state, dtype=torch.int16)) if halves else None
+        self.bound = like.new_full((rows, H), SMALL)
         self.x, self.B = like.new_zeros(rows, H, J, P), like.new_zeros(rows, G, J, N)
         self.log = like.new_full((rows, H, J + 1), -torch.inf)  # the first: s_0, of the state
         self.log[..., 0] = 0
@@ -136,7 +140,10 @@ def put_row(
 ) -> None:
     "Let a row go on from a prompt's end."
     G, N = memory.state.shape[1:3]
-    memory.state[row] = state.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
+    if memory.rest is None: memory.state[row] = state.unflatten(0, (G, -1)).permute(0, 3, 1, 2).reshape(G, N, -1)
+    else:
+        memory.bound[row] = state.abs().amax((1, 2)).nan_to_num(LARGE).clamp(SMALL, LARGE)
+        memory.state[row], memory.rest[row] = split(state.float().mT, memory.bound[row][:, None, None])
     memory.log[row] = -torch.inf
     memory.log[row, :, 0] = 0
     for k in range(1, window.shape[1]): memory.steps[step].inputs[k][row] = window[:, -k]
@@ -148,7 +155,8 @@ def keep_rows(
     rows: Tensor,    # which rows it takes
 ) -> None:
     "Copy some rows into a smaller memory."
-    for name in ("state", "x", "B", "log"): getattr(other, name).copy_(getattr(memory, name)[rows])
+    names = "state", "bound", "x", "B", "log", *["rest"] * (memory.rest is not None)
+    for name in names: getattr(other, name).copy_(getattr(memory, name)[rows])
     other.ring.copy_(memory.ring[:, rows])
 
 # %% ../nbs/06d_decoding.ipynb #3a79dafb
@@ -285,7 +293,8 @@ class LoopStep:
     def __init__(self, model: BioMambaForCausalLM, table: Tensor, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
         m, first, out = cast(BioMambaMixer, model.backbone.layers[0].mixer), cast(Product, layers[0].in_proj), cast(Product, layers[0].out_proj)
         width, R, new = first.inputs, m.num_heads // m.n_groups, functools.partial(torch.zeros, rows)
-        self.now, self.ids, self.table = np.zeros(1, np.int64), np.zeros(rows, np.int64), table.contiguous()
+        self.now, self.ids, self.table, self.vocabulary = np.zeros(1, np.int64), np.zeros(rows, np.int64), table.contiguous(), len(table)
+        keep_memory()  # a step's logits take the place of those that nobody needs any more
         (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
         self.record: dict[str, Any] = dict(
             now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
@@ -303,7 +312,8 @@ class LoopStep:
         "What all work of a layer is given."
         return self.record | dict(
             phase=ALL, pieces=self.record["rows"], ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
-            dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state)
+            dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state,
+            bound=memory.bound, split=memory.rest is not None, rest=0 if memory.rest is None else memory.rest)
 
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
@@ -314,8 +324,9 @@ class LoopStep:
     def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
         "One token of every row."
         if ids.shape != self.ids.shape: raise ValueError(f"{len(self.ids)} rows want a token each; ids of shape {tuple(ids.shape)} were given")
-        self.now[0], self.ids[:] = step, ids.numpy()
-        if self.ids.min() < 0 or self.ids.max() >= len(self.table): raise IndexError(f"tokens {ids.tolist()} were given; the model's vocabulary has the ids 0 to {len(self.table) - 1}")
+        tokens = ids.tolist()
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary: raise IndexError(f"tokens {tokens} were given; the model's vocabulary has the ids 0 to {self.vocabulary - 1}")
+        self.now[0], self.ids[:] = step, tokens
         logits = torch.empty_like(self.logits)
         self.head.record["y"] = logits.data_ptr()
         self.steps[step % len(self.steps)]()
@@ -364,7 +375,8 @@ class Batch:
         backbone = decoder.model.backbone
         mixer, like = backbone.layers[0].mixer, decoder.embedding.new_zeros(0, dtype=torch.promote_types(decoder.embedding.dtype, torch.float32))
         self.decoder, self.rows, self.step = decoder, rows, 0
-        self.layers = [Memory(block.mixer, rows, like) for block in backbone.layers]
+        halves = decoder.by_loops and decoder.dtype == torch.bfloat16 and reads_halves()
+        self.layers = [Memory(block.mixer, rows, like, halves) for block in backbone.layers]
         if decoder.by_loops: self.scratch = LoopStep(decoder.model, decoder.embedding, decoder.layers, cast(Product, decoder.head), self.layers, rows)
         else: self.scratch = Scratch(mixer, decoder.embedding.shape[1], rows, like, decoder.dtype)
 

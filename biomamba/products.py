@@ -197,10 +197,10 @@ def _halves_of(b, v, kind):
     whole = lambda n: ir.Constant(v.type, [n] * BLOCK if isinstance(v.type, ir.VectorType) else n)
     return [b.bitcast(part, kind) for part in (b.shl(v, whole(16)), b.and_(v, whole(0xFFFF0000)))]
 
-def _everywhere(b, v):
-    "One number 16 times."
-    none = ir.Constant(_SUMS, ir.Undefined)
-    return b.shuffle_vector(b.insert_element(none, v, _I32(0)), none, ir.Constant(ir.VectorType(_I32, BLOCK), [0] * BLOCK))
+def _everywhere(b, v, times=BLOCK):
+    "One number many times."
+    none = ir.Constant(ir.VectorType(_F32, times), ir.Undefined)
+    return b.shuffle_vector(b.insert_element(none, v, _I32(0)), none, ir.Constant(ir.VectorType(_I32, times), [0] * times))
 
 def _numbers(b, address, half, wide):
     "16 weights (wide) or one input, as fp32: a list of one, of bf16 of two."

@@ -11,12 +11,14 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage] its public
 
 from .loops import exp, f32, inline, read, sigmoid, write
 from .products import Job, blend, fetch, floats, halves, shared, take, whole
+from .state_halves import LARGE, SMALL, rows_summed, scale, tokens_added
 
 # %% ../nbs/06_token_loops.ipynb #e95fb1f1
 WAITING = 16  # J; a multiple of the convolution's taps
-SIZES = "phase pieces now rows width H P G N J K channels ring_width half table_half part"
-PLACES = "ids table hidden added added_width narrow narrow_width ring taps conv_bias dt_bias A D xbc decay mix log x B state gated squares wide wide_width"
+SIZES = "phase pieces now rows width H P G N J K channels ring_width half table_half split part"
+PLACES = "ids table hidden added added_width narrow narrow_width ring taps conv_bias dt_bias A D xbc decay mix log x B state rest bound gated squares wide wide_width"
 FIELDS, REALS = f"{SIZES} {PLACES}", "eps norm_eps least most"
+JOIN, READ, LEAVE, ALL = range(4)  # phases
 
 # %% ../nbs/06_token_loops.ipynb #65a20a0f
 @inline
@@ -76,6 +78,9 @@ def _convolve(j, row, step):
     if row == 0: fetch(j.taps, j.K * j.channels * 4)
     for k in range(j.K): fetch(j.ring + (((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P) * 4, j.channels * 4)
     fetch(j.B + row * j.G * j.J * j.N * 4, j.G * j.J * j.N * 4)
+    if j.phase == ALL:
+        if j.split: fetch(j.state + row * j.H * j.N * j.P * 2, j.N * j.P * 2)
+        for h in range(j.H): fetch(j.x + ((row * j.H + h) * j.J + step) * j.P * 4, j.P * 4)
     for c in range(len(z)): z[c] = bias[c]
     for k in range(j.K):
         slot = ((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P
@@ -128,6 +133,7 @@ def _weigh(j, row, step, z, decay):
 
 # %% ../nbs/06_token_loops.ipynb #a1c20992
 _next, _four, _ahead, _all = blend(1, False), blend(4, False), blend(4, True), blend(WAITING, False)
+_all_split = tokens_added(WAITING)
 
 @inline
 def _from_state(state, apart, C, N, y, columns):
@@ -139,9 +145,11 @@ def _from_state(state, apart, C, N, y, columns):
 def _head(j, row, h, step, y):
     "One head's output through its gate; the sum of its squares."
     x, mix, at, P = j.x + (row * j.H + h) * j.J * j.P * 4, j.mix + (row * j.H + h) * j.J * 4, y.ctypes.data, j.P * 4
+    fetch(x + j.J * P, (step + 1) * P)
     new, gate = j.xbc + (row * j.channels + h * j.P) * 4, floats(j.ring + ((step % j.K * j.rows + row) * j.ring_width + h * j.P) * 4, j.P)
-    decay = floats(j.decay + (row * j.H + h) * (j.J + 1) * 4, 1)[0]
-    _next(at, decay, new, 0, j.D + h * 4, 0, j.P)
+    factor = floats(j.decay + (row * j.H + h) * (j.J + 1) * 4, 1)[0]
+    if j.split: factor *= scale(floats(j.bound + (row * j.H + h) * 4, 1)[0])
+    _next(at, factor, new, 0, j.D + h * 4, 0, j.P)
     for i in range(0, step - 2, 4): _four(at, f32(1), x + i * P, P, mix + i * 4, 4, j.P)
     for i in range((step + 1) // 4 * 4, step + 1): _next(at, f32(1), x + i * P, P, mix + i * 4, 4, j.P)
     out, s = floats(j.gated + (row * j.H + h) * j.P * 4, j.P), f32(0)
@@ -152,19 +160,56 @@ def _head(j, row, h, step, y):
 
 # %% ../nbs/06_token_loops.ipynb #a36c9979
 @inline
-def _enter_state(j, unit, state, apart, B, x):
-    "What is left of some heads' state, and J tokens more; x: room for their inputs."
-    R, P = j.part, j.P * 4
-    decay, log = floats(j.decay + unit * R * (j.J + 1) * 4, (R, j.J + 1)), floats(j.log + unit * R * (j.J + 1) * 4, (R, j.J + 1))
-    waiting = floats(j.x + unit * R * j.J * P, (R, j.J, j.P))
+def _empty_places(j, unit, x):
+    "The inputs of some heads' waiting tokens, by what is left of them, into x; then nobody waits."
+    R, size = j.part, (j.J + 1) * 4
+    decay, log = floats(j.decay + unit * R * size, (R, j.J + 1)), floats(j.log + unit * R * size, (R, j.J + 1))
+    waiting = floats(j.x + unit * R * j.J * j.P * 4, (R, j.J, j.P))
     for h in range(R):
         for i in range(j.J):
             w, one, to = decay[h, i + 1], waiting[h, i], x[i, h]
             for c in range(j.P): to[c] = one[c] * w
         log[h] = f32(-np.inf)
         log[h, 0] = f32(0)
+    return decay
+
+@inline
+def _enter_state(j, unit, state, apart, B, x):
+    "What is left of some heads' state, and J tokens more; x: room for their inputs."
+    R, P, decay = j.part, j.P * 4, _empty_places(j, unit, x)
     for n in range(j.N):
         for h in range(R): _all(state + n * apart + h * P, decay[h, 0], x.ctypes.data + h * P, R * P, B + n * 4, j.N * 4, j.P)
+
+# %% ../nbs/06_token_loops.ipynb #dc4ca776
+@inline
+def _largest(numbers):
+    most = f32(0)
+    for c in range(len(numbers)):
+        v = abs(numbers[c])
+        most = v if v > most else most
+    return most
+
+@inline
+def _bound(most, x, h, B, lanes):
+    "What no number of a head's state exceeds after those that wait have entered it; B: the largest of each."
+    lanes[:] = most
+    for i in range(len(B)):
+        one, w = x[i, h], B[i]
+        for c in range(len(lanes)): lanes[c] += w * abs(one[c])
+    return min(max(_largest(lanes), f32(SMALL)), f32(LARGE))
+
+@inline
+def _enter_halves(j, unit, B, x, lanes):
+    "The same where the states stand in halves, head after head."
+    R, P, decay, bound, place = j.part, j.P * 4, _empty_places(j, unit, x), floats(j.bound + unit * j.part * 4, j.part), unit * j.part * j.N * j.P * 2
+    tokens, weights, largest = floats(B, (j.J, j.N)), np.empty((j.N, j.J), f32), np.empty(j.J, f32)
+    for i in range(j.J):
+        largest[i] = _largest(tokens[i])
+        for n in range(j.N): weights[n, i] = tokens[i, n]
+    for h in range(R):
+        factor, at = decay[h, 0] * scale(bound[h]), place + h * j.N * j.P * 2
+        bound[h] = _bound(bound[h] * decay[h, 0], x, h, largest, lanes[h * j.P:(h + 1) * j.P])
+        _all_split(j.state + at, j.rest + at, factor, x.ctypes.data + h * P, R * P, weights.ctypes.data, j.N, j.P, f32(1) / scale(bound[h]))
 
 # %% ../nbs/06_token_loops.ipynb #abfb0ca3
 @inline
@@ -173,15 +218,18 @@ def _read_out(j, piece, step, y, x):
     per_row, R, squares = j.H // j.part, j.H // j.G, floats(j.squares, (j.rows, j.H))
     row, first = piece // per_row, piece % per_row * j.part
     g = first // R
-    state, C = j.state + ((row * j.G + g) * j.N * R + first - g * R) * j.P * 4, j.xbc + (row * j.channels + j.H * j.P + (j.G + g) * j.N) * 4
-    y[:] = f32(0)
-    _from_state(state, R * j.P * 4, C, j.N, y.ctypes.data, len(y))
+    C, B = j.xbc + (row * j.channels + j.H * j.P + (j.G + g) * j.N) * 4, j.B + (row * j.G + g) * j.J * j.N * 4
+    state = j.state + ((row * j.G + g) * j.N * R + first - g * R) * j.P * 4
+    if j.split:
+        for h in range(j.part): rows_summed(y.ctypes.data + h * j.P * 4, j.state + (row * j.H + first + h) * j.N * j.P * 2, C, j.N, j.P)
+    else:
+        y[:] = f32(0)
+        _from_state(state, R * j.P * 4, C, j.N, y.ctypes.data, len(y))
     for h in range(j.part): squares[row, first + h] = _head(j, row, first + h, step, y[h * j.P:(h + 1) * j.P])
-    if step == j.J - 1: _enter_state(j, piece, state, R * j.P * 4, j.B + (row * j.G + g) * j.J * j.N * 4, x)
+    if step == j.J - 1 and j.split: _enter_halves(j, piece, B, x, y)
+    if step == j.J - 1 and not j.split: _enter_state(j, piece, state, R * j.P * 4, B, x)
 
 # %% ../nbs/06_token_loops.ipynb #7c0a5e22
-JOIN, READ, LEAVE, ALL = range(4)  # phases
-
 @shared(FIELDS, REALS)
 def between(p):
     "What lies between a layer's products: a phase of it, or all, for row after row."
