@@ -293,11 +293,11 @@ class LoopStep:
     def __init__(self, model: BioMambaForCausalLM, table: Tensor, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
         m, first, out = cast(BioMambaMixer, model.backbone.layers[0].mixer), cast(Product, layers[0].in_proj), cast(Product, layers[0].out_proj)
         width, R, new = first.inputs, m.num_heads // m.n_groups, functools.partial(torch.zeros, rows)
-        self.now, self.ids, self.table, self.vocabulary = np.zeros(1, np.int64), np.zeros(rows, np.int64), table.contiguous(), len(table)
+        self.now, self.turns, self.starts, self.ids, self.table, self.vocabulary = np.zeros(1, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64), table.contiguous(), len(table)
         keep_memory()  # a step's logits take the place of those that nobody needs any more
         (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
         self.record: dict[str, Any] = dict(
-            now=self.now.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
+            now=self.now.ctypes.data, turns=self.turns.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
             H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size, J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim,
             half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=new(width), added=self.added, added_width=self.added.shape[1],
             narrow=self.narrow, narrow_width=self.narrow.shape[1], wide=self.wide, wide_width=self.wide.shape[1],
@@ -326,7 +326,7 @@ class LoopStep:
         if ids.shape != self.ids.shape: raise ValueError(f"{len(self.ids)} rows want a token each; ids of shape {tuple(ids.shape)} were given")
         tokens = ids.tolist()
         if min(tokens) < 0 or max(tokens) >= self.vocabulary: raise IndexError(f"tokens {tokens} were given; the model's vocabulary has the ids 0 to {self.vocabulary - 1}")
-        self.now[0], self.ids[:] = step, tokens
+        self.now[0], self.turns[:], self.ids[:] = step, (step - self.starts) % WAITING, tokens
         logits = torch.empty_like(self.logits)
         self.head.record["y"] = logits.data_ptr()
         self.steps[step % len(self.steps)]()
@@ -385,6 +385,7 @@ class Batch:
         "Let a row go on where a prefill ended; `source` is the row of its cache."
         for i, memory in enumerate(self.layers):
             put_row(memory, row, self.step, cache.get_conv_state(i)[source], cache.get_recurrent_state(i)[source])
+        if isinstance(self.scratch, LoopStep): self.scratch.starts[row] = self.step  # its tokens enter its state when they would if it were alone
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> "Batch":
@@ -392,4 +393,5 @@ class Batch:
         other = Batch(self.decoder, len(rows))
         other.step, index = self.step, torch.tensor(rows, device=self.layers[0].state.device)
         for memory, fresh in zip(self.layers, other.layers): keep_rows(memory, fresh, index)
+        if isinstance(self.scratch, LoopStep): cast(LoopStep, other.scratch).starts[:] = self.scratch.starts[rows]
         return other

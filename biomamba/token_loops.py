@@ -15,7 +15,7 @@ from .state_halves import LARGE, SMALL, rows_summed, scale, tokens_added
 
 # %% ../nbs/06_token_loops.ipynb #e95fb1f1
 WAITING = 16  # J; a multiple of the convolution's taps
-SIZES = "phase pieces now rows width H P G N J K channels ring_width half table_half split part"
+SIZES = "phase pieces now turns rows width H P G N J K channels ring_width half table_half split part"
 PLACES = "ids table hidden added added_width narrow narrow_width ring taps conv_bias dt_bias A D xbc decay mix log x B state rest bound gated squares wide wide_width"
 FIELDS, REALS = f"{SIZES} {PLACES}", "eps norm_eps least most"
 JOIN, READ, LEAVE, ALL = range(4)  # phases
@@ -71,19 +71,19 @@ def _leave(j, group):
 
 # %% ../nbs/06_token_loops.ipynb #c8d23619
 @inline
-def _convolve(j, row, step):
+def _convolve(j, row, now, step):
     "x, B and C of the new token."
     z, w = floats(j.xbc + row * j.channels * 4, j.channels), floats(j.taps, (j.K, j.channels))
     bias = floats(j.conv_bias, j.channels)
     if row == 0: fetch(j.taps, j.K * j.channels * 4)
-    for k in range(j.K): fetch(j.ring + (((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P) * 4, j.channels * 4)
+    for k in range(j.K): fetch(j.ring + (((now - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P) * 4, j.channels * 4)
     fetch(j.B + row * j.G * j.J * j.N * 4, j.G * j.J * j.N * 4)
     if j.phase == ALL:
         if j.split: fetch(j.state + row * j.H * j.N * j.P * 2, j.N * j.P * 2)
         for h in range(j.H): fetch(j.x + ((row * j.H + h) * j.J + step) * j.P * 4, j.P * 4)
     for c in range(len(z)): z[c] = bias[c]
     for k in range(j.K):
-        slot = ((step - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P
+        slot = ((now - k) % j.K * j.rows + row) * j.ring_width + j.H * j.P
         inputs, wk = floats(j.ring + slot * 4, j.channels), w[k]
         for c in range(len(z)): z[c] += inputs[c] * wk[c]
     for c in range(len(z)): z[c] *= sigmoid(z[c])
@@ -102,9 +102,9 @@ def _step_size(raw, least, most):
 
 # %% ../nbs/06_token_loops.ipynb #d694ac56
 @inline
-def _waits(j, row, step, z):
+def _waits(j, row, now, step, z):
     "The new token among those that wait; every one's decay."
-    raw = floats(j.ring + ((step % j.K * j.rows + row) * j.ring_width + j.H * j.P + j.channels) * 4, j.H)
+    raw = floats(j.ring + ((now % j.K * j.rows + row) * j.ring_width + j.H * j.P + j.channels) * 4, j.H)
     bias, A = floats(j.dt_bias, j.H), floats(j.A, j.H)
     log, decay = floats(j.log + row * j.H * (j.J + 1) * 4, (j.H, j.J + 1)), floats(j.decay + row * j.H * (j.J + 1) * 4, (j.H, j.J + 1))
     for h in range(j.H):
@@ -142,11 +142,11 @@ def _from_state(state, apart, C, N, y, columns):
     for n in range(N // 4 * 4, N): _next(y, f32(n > 0), state + n * apart, apart, C + n * 4, 4, columns)
 
 @inline
-def _head(j, row, h, step, y):
+def _head(j, row, h, now, step, y):
     "One head's output through its gate; the sum of its squares."
     x, mix, at, P = j.x + (row * j.H + h) * j.J * j.P * 4, j.mix + (row * j.H + h) * j.J * 4, y.ctypes.data, j.P * 4
     fetch(x + j.J * P, (step + 1) * P)
-    new, gate = j.xbc + (row * j.channels + h * j.P) * 4, floats(j.ring + ((step % j.K * j.rows + row) * j.ring_width + h * j.P) * 4, j.P)
+    new, gate = j.xbc + (row * j.channels + h * j.P) * 4, floats(j.ring + ((now % j.K * j.rows + row) * j.ring_width + h * j.P) * 4, j.P)
     factor = floats(j.decay + (row * j.H + h) * (j.J + 1) * 4, 1)[0]
     if j.split: factor *= scale(floats(j.bound + (row * j.H + h) * 4, 1)[0])
     _next(at, factor, new, 0, j.D + h * 4, 0, j.P)
@@ -213,11 +213,11 @@ def _enter_halves(j, unit, B, x, lanes):
 
 # %% ../nbs/06_token_loops.ipynb #abfb0ca3
 @inline
-def _read_out(j, piece, step, y, x):
+def _read_out(j, piece, now, y, x):
     "Some heads of a row: their output, gated, and its squares; at the last of J steps their state. y, x: room."
     per_row, R, squares = j.H // j.part, j.H // j.G, floats(j.squares, (j.rows, j.H))
     row, first = piece // per_row, piece % per_row * j.part
-    g = first // R
+    g, step = first // R, whole(j.turns + row * 8)
     C, B = j.xbc + (row * j.channels + j.H * j.P + (j.G + g) * j.N) * 4, j.B + (row * j.G + g) * j.J * j.N * 4
     state = j.state + ((row * j.G + g) * j.N * R + first - g * R) * j.P * 4
     if j.split:
@@ -225,7 +225,7 @@ def _read_out(j, piece, step, y, x):
     else:
         y[:] = f32(0)
         _from_state(state, R * j.P * 4, C, j.N, y.ctypes.data, len(y))
-    for h in range(j.part): squares[row, first + h] = _head(j, row, first + h, step, y[h * j.P:(h + 1) * j.P])
+    for h in range(j.part): squares[row, first + h] = _head(j, row, first + h, now, step, y[h * j.P:(h + 1) * j.P])
     if step == j.J - 1 and j.split: _enter_halves(j, piece, B, x, y)
     if step == j.J - 1 and not j.split: _enter_state(j, piece, state, R * j.P * 4, B, x)
 
@@ -234,14 +234,15 @@ def _read_out(j, piece, step, y, x):
 def between(p):
     "What lies between a layer's products: a phase of it, or all, for row after row."
     j = carray(p, 1)[0]
-    unit, step, each = take(p), whole(j.now), j.G if j.phase == ALL else 1
+    unit, now, each = take(p), whole(j.now), j.G if j.phase == ALL else 1
     y, x = np.empty(j.part * j.P, f32), np.empty((j.J, j.part, j.P), f32)
     while unit < j.pieces:
         if j.phase == JOIN or j.phase == ALL:
-            z = _convolve(j, unit, step)
-            _weigh(j, unit, step, z, _waits(j, unit, step, z))
+            step = whole(j.turns + unit * 8)
+            z = _convolve(j, unit, now, step)
+            _weigh(j, unit, step, z, _waits(j, unit, now, step, z))
         for part in range(unit * each, (unit + 1) * each):
-            if j.phase == READ or j.phase == ALL: _read_out(j, part, step, y, x)
+            if j.phase == READ or j.phase == ALL: _read_out(j, part, now, y, x)
             if j.phase == LEAVE or j.phase == ALL: _leave(j, part)
         unit = take(p)
 
