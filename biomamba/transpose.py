@@ -60,11 +60,12 @@ def _put_column(context, b, v, start, i, add) -> None:
 @in_llvm
 def _square(typing, x, at, step, y, to, pace, add):
     def emit(context, b, signature, args):
+        _, at, step, _, to, pace, add = args
         x_start, y_start = (context.make_array(signature.args[k])(context, b, args[k]).data for k in (0, 3))
         place = lambda first, distance, i: b.add(first, b.mul(distance, I64(i)))
         mix = lambda u, v, mask: b.shuffle_vector(u, v, ir.Constant(side_by_side(WORD, SIDE), mask))
-        columns = _turned([_row(context, b, x_start, place(*args[1:3], i)) for i in range(SIDE)], mix)
-        for v, c in zip(columns, COLUMNS): _put_column(context, b, v, y_start, place(*args[4:6], c), args[6])
+        columns = _turned([_row(context, b, x_start, place(at, step, i)) for i in range(SIDE)], mix)
+        for v, c in zip(columns, COLUMNS): _put_column(context, b, v, y_start, place(to, pace, c), add)
         return context.get_dummy_value()
     return types.void(x, types.int64, types.int64, y, types.int64, types.int64, types.boolean), emit
 
