@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .layer import matmul
 from .loops import by_loops, entropy_loop, numbers, spread
 from .runs import UserError
-from .transpose import add_transposed, transposed
+from .transpose import add_transposed, matmul, transposed
 
 # %% ../nbs/06b_head.ipynb #479f0eb2
 def _blocks(

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from biomamba import mamba2
 from biomamba.conv import causal_conv
 from biomamba.mamba2 import mamba2_config, new_model
-from biomamba.layer import LoopMixer, Parameters, Projection, Shape, fits_loops, matmul
+from biomamba.layer import LoopMixer, Parameters, Projection, Shape, fits_loops
 from biomamba.norm import GatedNorm
 from biomamba.recipe import recipe
 from biomamba.ssd import chunk_scan
+from biomamba.transpose import matmul
 
 
 def by_parts(projected, seq_idx, shape: Shape, *parameters):
