@@ -101,7 +101,7 @@ def test_a_base_model_is_its_weights_however_it_is_called(collection, base, whol
 
 
 def test_a_lost_best_checkpoint_is_said_and_costs_no_other(collection, base, tmp_path, caplog):
-    hasty = dataclasses.replace(SMALL, learning_rate=1.0, warmup_ratio=0.0, steps=12, evaluations=6, keep_checkpoints=1)
+    hasty = dataclasses.replace(SMALL, learning_rate=5.0, warmup_ratio=0.0, steps=12, evaluations=6, keep_checkpoints=1)
     run, summary = start(tmp_path / "run", hasty, collection, base)
     assert summary["best_step"] == 0 and checkpoint_steps(run) == [0, 12]
     for name in ("training.json", "checkpoints/step-0000000/state.safetensors"): (run / name).unlink()
@@ -297,7 +297,7 @@ def test_steps_that_are_not_finite_name_their_documents(collection, base, tmp_pa
 
 
 def test_early_stopping_waits_for_so_many_validations(collection, base, tmp_path):
-    hasty = dataclasses.replace(SMALL, learning_rate=1.0, warmup_ratio=0.0, steps=30, evaluations=15, early_stopping=3)
+    hasty = dataclasses.replace(SMALL, learning_rate=5.0, warmup_ratio=0.0, steps=30, evaluations=15, early_stopping=3)
     _, summary = start(tmp_path / "run", hasty, collection, base)
     assert summary["stopped_early"] and summary["steps"] == summary["best_step"] + 3 * 2 < 30
     assert "stopped_early" not in start(tmp_path / "patient", dataclasses.replace(SMALL, early_stopping=3), collection, base)[1]
