@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MATH', 'ROOMS', 'KEEP', 'SOURCES', 'inline', 'f32', 'u16', 'in_llvm', 'KEPT', 'LARGEST', 'PARTS', 'LOOP',
-           'of_these_sources', 'loop', 'wide', 'read', 'write', 'exp', 'sigmoid', 'copy_loop', 'keep_memory', 'team',
-           'parts_of', 'spread', 'by_loops', 'product_dtype', 'numbers', 'copied', 'rows', 'norm_loop',
-           'norm_backward_loop', 'entropy_loop']
+           'of_these_sources', 'loop', 'wide', 'read', 'write', 'exp', 'sigmoid', 'over_root', 'copy_loop',
+           'keep_memory', 'team', 'parts_of', 'spread', 'by_loops', 'product_dtype', 'numbers', 'copied', 'rows',
+           'norm_loop', 'norm_backward_loop', 'entropy_loop']
 
 # %% ../nbs/06_loops.ipynb #0e26ee1d
 import ctypes, functools, hashlib, os, pkgutil, platform, sys
@@ -108,6 +108,11 @@ def exp(x):
 def sigmoid(z):
     "1 / (1 + e⁻ᶻ), in compiled code."
     return _sigmoid(z)
+
+@inline
+def over_root(v):
+    "1 / √v, in compiled code; of infinity 0, which the compiler's estimate in fp32 does not know."
+    return f32(1.0 / np.sqrt(np.float64(v)))
 
 # %% ../nbs/06_loops.ipynb #85128be9
 @loop
@@ -336,7 +341,7 @@ def norm_loop(
     for t in range(first, last):
         for q in range(0, G * C, C):
             s, wq, to = _gated(x[t * step + q:t * step + q + C], z[t * zstep + q:t * zstep + q + C], gated, g, a), w[q // C], out[t, q:q + C]
-            r = f32(1.0) / np.sqrt(s / f32(C) + eps)
+            r = over_root(s / f32(C) + eps)
             for c in range(C): write(to, c, g[c] * r * wq[c])
 
 # %% ../nbs/06_loops.ipynb #f9b8fdab
@@ -378,7 +383,7 @@ def norm_backward_loop(
     for t in range(first, last):
         for q in range(0, G * C, C):
             own, xs, zs, wq = d[t * dstep + q:t * dstep + q + C], x[t * step + q:t * step + q + C], z[t * zstep + q:t * zstep + q + C], w[q // C]
-            r = f32(1.0) / np.sqrt(_gated(xs, zs, gated, g, a) / f32(C) + eps)
+            r = over_root(_gated(xs, zs, gated, g, a) / f32(C) + eps)
             m = _norm_gradient(own, wq, g, r, dw[part, q // C])
             _gate_gradient(own, xs, zs, gated, wq, g, a, m, r, dx[t, q:q + C], dz[t * gstep + q:t * gstep + q + C])
 

@@ -45,7 +45,7 @@ def instruction(
     "Make of a function (LLVM's builder, values) → value one that compiled code calls without the builder."
     def made(emit: Callable) -> Any:
         @wraps(emit)
-        def called(*args): raise NotImplementedError(f"{emit.__name__} is for compiled code")
+        def called(*args): raise TypeError(f"{emit.__name__} is for compiled code")
         key = of or emit
         @_typed(of or called, typing_key=key)
         class Typed(AbstractTemplate):

@@ -9,7 +9,7 @@ __all__ = ['WAITING', 'SIZES', 'PLACES', 'FIELDS', 'REALS', 'JOIN', 'READ', 'LEA
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage] its public name
 
-from .loops import exp, f32, inline, read, sigmoid, write
+from .loops import exp, f32, inline, over_root, read, sigmoid, write
 from .products import Job, blend, fetch, floats, halves, shared, take, whole
 from .state_halves import LARGE, SMALL, rows_summed, scale, tokens_added
 
@@ -56,7 +56,7 @@ def enter(p):
         for c in range(j.width):
             hidden[c] += added[c]
             s += hidden[c] * hidden[c]
-        _hand_over(hidden, f32(1) / np.sqrt(s + f32(j.eps)), j.half, j.narrow + row * j.narrow_width * (4 - 2 * j.half))
+        _hand_over(hidden, over_root(s + f32(j.eps)), j.half, j.narrow + row * j.narrow_width * (4 - 2 * j.half))
         row = take(p)
 
 # %% ../nbs/06_token_loops.ipynb #9e15ada4
@@ -67,7 +67,7 @@ def _leave(j, group):
     squares = floats(j.squares + group * R * 4, R)
     for h in range(R): s += squares[h]
     place = j.wide + (group // j.G * j.wide_width + group % j.G * R * j.P) * (4 - 2 * j.half)
-    _hand_over(floats(j.gated + group * R * j.P * 4, R * j.P), f32(1) / np.sqrt(s + f32(j.norm_eps)), j.half, place)
+    _hand_over(floats(j.gated + group * R * j.P * 4, R * j.P), over_root(s + f32(j.norm_eps)), j.half, place)
 
 # %% ../nbs/06_token_loops.ipynb #c8d23619
 @inline

@@ -96,6 +96,12 @@ def test_the_norm_by_loops(gated, group):
     assert apart(with_gradients(norm(LoopNorm), inputs), with_gradients(norm(GatedNorm), [v.double() for v in inputs])) < 1e-5
 
 
+@pytest.mark.parametrize("gated", (True, False))
+def test_a_norm_of_numbers_whose_squares_overflow_is_zero_and_not_nan(gated):
+    inputs = [torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * 1e20, torch.ones(64)] + [torch.ones(40, 64)] * gated
+    for found in with_gradients(lambda x, w, z=None: LoopNorm.apply(x, z, w, 1e-5, 64), inputs): assert torch.equal(found, torch.zeros_like(found))
+
+
 def test_a_norm_under_autocast_is_rounded_once():
     x, w = torch.randn(3, 8), torch.ones(8)
     plain = LoopNorm.apply(x, None, w, 1e-5, 8)
