@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'prefill', 'packs', 'packed_linear', 'LayerWeights', 'layer_weights', 'Views', 'Memory', 'put_row',
-           'keep_rows', 'flush', 'Scratch', 'layer_step', 'heads_at_once', 'LoopStep', 'Decoder', 'Batch']
+           'keep_rows', 'flush', 'Scratch', 'layer_step', 'heads_at_once', 'step_fields', 'LoopStep', 'Decoder',
+           'Batch']
 
 # %% ../nbs/06d_decoding.ipynb #23e98116
 import functools, math
@@ -286,27 +287,37 @@ def heads_at_once(
     even = lambda pieces: pieces % threads == 0 or pieces >= 4 * threads
     return next((heads // k for k in range(1, heads) if heads % k == 0 and even(rows * groups * k)), 1)
 
+# %% ../nbs/06d_decoding.ipynb #40aa3714
+def step_fields(
+    mixer: BioMambaMixer, layer: LayerWeights,  # any layer's
+    table: Tensor,      # of embeddings
+    rows: int,
+) -> dict[str, Any]:
+    "What every layer's work is given: sizes, and places that the layers use one after the other."
+    m, first, out, new = mixer, cast(Product, layer.in_proj), cast(Product, layer.out_proj), functools.partial(torch.zeros, rows)
+    (narrow, _), (wide, added), width, R = first.places(rows), out.places(rows), first.inputs, m.num_heads // m.n_groups
+    return dict(
+        table=table, table_half=table.dtype == torch.bfloat16, rows=rows, width=width, H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size,
+        J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim, half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=new(width),
+        added=added, added_width=added.shape[1], narrow=narrow, narrow_width=narrow.shape[1], wide=wide, wide_width=wide.shape[1],
+        xbc=new(m.conv_dim), decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
+        eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
+
 # %% ../nbs/06d_decoding.ipynb #5f1e2a0a
 class LoopStep:
     "What one token of every row takes: places that all layers share, and every layer's work in its order."
 
     def __init__(self, model: BioMambaForCausalLM, table: Tensor, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
-        m, first, out = cast(BioMambaMixer, model.backbone.layers[0].mixer), cast(Product, layers[0].in_proj), cast(Product, layers[0].out_proj)
-        width, R, new = first.inputs, m.num_heads // m.n_groups, functools.partial(torch.zeros, rows)
-        self.now, self.turns, self.starts, self.ids, self.table, self.vocabulary = np.zeros(1, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64), table.contiguous(), len(table)
+        zeros = functools.partial(np.zeros, dtype=np.int64)
+        self.now, self.turns, self.starts, self.ids, self.vocabulary = zeros(1), zeros(rows), zeros(rows), zeros(rows), len(table)
         keep_memory()  # a step's logits take the place of those that nobody needs any more
-        (self.narrow, _), (self.wide, self.added), (_, self.logits) = first.places(rows), out.places(rows), head.places(rows)
-        self.record: dict[str, Any] = dict(
-            now=self.now.ctypes.data, turns=self.turns.ctypes.data, ids=self.ids.ctypes.data, table=self.table, table_half=self.table.dtype == torch.bfloat16, rows=rows, width=width,
-            H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size, J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim,
-            half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=new(width), added=self.added, added_width=self.added.shape[1],
-            narrow=self.narrow, narrow_width=self.narrow.shape[1], wide=self.wide, wide_width=self.wide.shape[1],
-            xbc=new(m.conv_dim), decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
-            eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
+        self.logits = head.places(rows)[1]
+        self.record = step_fields(cast(BioMambaMixer, model.backbone.layers[0].mixer), layers[0], table.contiguous(), rows)
+        self.record |= {name: getattr(self, name).ctypes.data for name in ("now", "turns", "ids")}
         self.layers = [self._work(w, memory) for w, memory in zip(layers, memories)]
-        self.head = head.job(self.narrow, self.logits)
+        self.head = head.job(self.record["narrow"], self.logits)
         begin, norm = Job(embed, rows, **self._record(layers[0], memories[0])), self.layers[0][0][0]
-        self.steps = [chain(begin, *(job for layer in self.layers for job in layer[k]), norm, self.head) for k in range(m.conv_kernel_size)]
+        self.steps = [chain(begin, *(job for layer in self.layers for job in layer[k]), norm, self.head) for k in range(self.record["K"])]
 
     def _record(self, w: LayerWeights, memory: Memory) -> dict[str, Any]:
         "What all work of a layer is given."
@@ -318,8 +329,8 @@ class LoopStep:
     def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
         r = self._record(w, memory)
-        begin, rest = Job(enter, r["rows"], **r), [*phases(r), cast(Product, w.out_proj).job(self.wide, self.added)]
-        return [[begin, cast(Product, w.in_proj).job(self.narrow, slot), *rest] for slot in memory.ring]
+        begin, rest = Job(enter, r["rows"], **r), [*phases(r), cast(Product, w.out_proj).job(r["wide"], r["added"])]
+        return [[begin, cast(Product, w.in_proj).job(r["narrow"], slot), *rest] for slot in memory.ring]
 
     def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
         "One token of every row."

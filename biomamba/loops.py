@@ -252,6 +252,7 @@ def _thread_of_our_own(number: int, of: int) -> Any:
         GOMP_parallel = staticmethod(_PARALLEL(lambda work, record, threads, flags: _WORK(work)(record)))
     return Answers
 
+# %% ../nbs/06_loops.ipynb #3ab849ce
 def spread(
     loop: Callable,  # takes the arguments, the number of a part, its first row and the one after its last
     n: int,          # rows

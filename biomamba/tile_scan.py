@@ -117,6 +117,7 @@ class Places(NamedTuple):
     wide: int      # (32, N), and room for three squares of bf16 and one of fp32
     states: int    # of each head (N, P) and, bf16, (N / 2, P, 2)
 
+# %% ../nbs/06_tile_scan.ipynb #3e036d69
 @piece
 def places(at, Q, P, N):
     "Where a thread keeps what."
@@ -315,12 +316,7 @@ def sizes_of(x: Tensor, N: int, batch: int) -> dict:
 
 # %% ../nbs/06_tile_scan.ipynb #71e5ca25
 def tile_forward(
-    x: Tensor,               # (rows, Q, G, R, P)
-    dt: Tensor,              # (rows, Q, G, R)
-    a: Tensor,               # Δ A, (rows, Q, G, R)
-    B: Tensor,               # (rows, Q, G, N)
-    C: Tensor,               # (rows, Q, G, N)
-    D: Tensor,               # (G, R)
+    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, D: Tensor,  # of `scan_forward`
     start: Tensor,           # (rows, Q), int32: where in its row a token's document starts; −1: in a row before it
     initial: Tensor | None,  # (batch, G, N, R, P)
     batch: int,              # sequences

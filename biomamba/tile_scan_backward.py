@@ -145,6 +145,7 @@ def write_back(j, at, c, h, left):
         left += ds[i]
         dt[i], da[i] = xu[i], left
 
+# %% ../nbs/06_tile_scan_backward.ipynb #90a1f326
 @piece
 def row_back(j, at, c, h, state, m, dB, dC, new):
     "The four steps backwards for a row of tokens and a head; returns D's gradient."
