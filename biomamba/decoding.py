@@ -22,7 +22,7 @@ from .mamba2 import BioMambaForCausalLM, BioMambaMixer, BioMambaRMSNorm
 from .products import BLOCK, Job, Product, chain, in_large_pages, multiplies, up
 from .runs import UserError
 from .state_halves import LARGE, SMALL, reads_halves, split
-from .token_loops import ALL, WAITING, embed, enter, phases
+from .token_loops import ALL, WAITING, embed, enter, phases, short_job
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
 @torch.no_grad()
@@ -298,9 +298,9 @@ def step_fields(
     (narrow, _), (wide, added), width, R = first.places(rows), out.places(rows), first.inputs, m.num_heads // m.n_groups
     return dict(
         table=table, table_half=table.dtype == torch.bfloat16, rows=rows, width=width, H=m.num_heads, P=m.head_dim, G=m.n_groups, N=m.ssm_state_size,
-        J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim, half=first.half, part=heads_at_once(rows, m.n_groups, R), hidden=new(width),
+        J=WAITING, K=m.conv_kernel_size, channels=m.conv_dim, half=first.half, part=heads_at_once(rows, m.n_groups, R), alone=False,
         added=added, added_width=added.shape[1], narrow=narrow, narrow_width=narrow.shape[1], wide=wide, wide_width=wide.shape[1],
-        xbc=new(m.conv_dim), decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
+        decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
         eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
 
 # %% ../nbs/06d_decoding.ipynb #5f1e2a0a
@@ -314,22 +314,24 @@ class LoopStep:
         self.logits = head.places(rows)[1]
         self.record = step_fields(cast(BioMambaMixer, model.backbone.layers[0].mixer), layers[0], table.contiguous(), rows)
         self.record |= {name: getattr(self, name).ctypes.data for name in ("now", "turns", "ids")}
-        self.layers = [self._work(w, memory) for w, memory in zip(layers, memories)]
+        self.streams = [torch.zeros(rows, self.record["width"]) for _ in range(2)]  # what a layer reads, and what it leaves to the next
+        self.layers = [self._work(i, w, memory) for i, (w, memory) in enumerate(zip(layers, memories))]
         self.head = head.job(self.record["narrow"], self.logits)
-        begin, norm = Job(embed, rows, **self._record(layers[0], memories[0])), self.layers[0][0][0]
+        begin, norm = (short_job(code, rows, self._record(i, layers[0], memories[0])) for code, i in ((embed, 0), (enter, len(layers))))
         self.steps = [chain(begin, *(job for layer in self.layers for job in layer[k]), norm, self.head) for k in range(self.record["K"])]
 
-    def _record(self, w: LayerWeights, memory: Memory) -> dict[str, Any]:
+    def _record(self, number: int, w: LayerWeights, memory: Memory) -> dict[str, Any]:
         "What all work of a layer is given."
         return self.record | dict(
-            phase=ALL, pieces=self.record["rows"], ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
+            hidden=self.streams[number % 2], onward=self.streams[(number + 1) % 2], phase=ALL, pieces=0,
+            ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
             dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state,
             bound=memory.bound, split=memory.rest is not None, rest=0 if memory.rest is None else memory.rest)
 
-    def _work(self, w: LayerWeights, memory: Memory) -> list[list[Job]]:
+    def _work(self, number: int, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
-        r = self._record(w, memory)
-        begin, rest = Job(enter, r["rows"], **r), [*phases(r), cast(Product, w.out_proj).job(r["wide"], r["added"])]
+        r = self._record(number, w, memory)
+        begin, rest = short_job(enter, r["rows"], r), [*phases(r), cast(Product, w.out_proj).job(r["wide"], r["added"])]
         return [[begin, cast(Product, w.in_proj).job(r["narrow"], slot), *rest] for slot in memory.ring]
 
     def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32

@@ -112,6 +112,8 @@ class Job:
         self.next, self.run = self.record.view(i64)[:1], self.runtime.GOMP_parallel
         self.code, self.at = (ctypes.c_void_p(v) for v in (code.compiled.address, self.record.ctypes.data))
 
+    alone = False  # in a chain: whether every thread does all of it and goes on, so that nobody waits
+
     def __call__(self) -> None:
         self.next[0] = 0
         self.run(self.code, self.at, min(self.units, torch.get_num_threads()), 0)
@@ -120,13 +122,14 @@ class Job:
 # %% ../nbs/06_products.ipynb #7c0a5e12
 @shared("jobs table barrier")
 def in_turn(p):
-    "Job after job: none begins before the one before it is done."
+    "Job after job: none begins before the one before it is done, by all threads or by this one."
     j = carray(p, 1)[0]
     for k in range(j.jobs):
-        code, record = whole(j.table + 16 * k), whole(j.table + 16 * k + 8)
+        code, record, alone = whole(j.table + 24 * k), whole(j.table + 24 * k + 8), whole(j.table + 24 * k + 16)
         _call(code, record)
-        _call(j.barrier, 0)
-        _start_over(record)
+        if not alone:
+            _call(j.barrier, 0)
+            _start_over(record)
 
 def chain(
     *jobs: Job,  # the same one again after two others at the earliest
@@ -134,7 +137,7 @@ def chain(
     "Several jobs as one."
     barrier = ctypes.cast(jobs[0].runtime.GOMP_barrier, ctypes.c_void_p).value
     for job in jobs: job.next[0] = 0
-    table = torch.tensor([(job.code.value, job.at.value) for job in jobs])
+    table = torch.tensor([(job.code.value, job.at.value, job.alone) for job in jobs])
     done = Job(in_turn, max(job.units for job in jobs), jobs=len(jobs), table=table, barrier=barrier)
     done.kept["jobs"] = jobs
     return done
