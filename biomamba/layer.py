@@ -123,11 +123,11 @@ def _joined(
 
 # %% ../nbs/06b_layer.ipynb #ed90b056
 def _from_output(dout, y, projected, p: Parameters, shape: Shape, dtype, d) -> tuple[Tensor, Tensor, Tensor]:  # gradients of y, norm, out
-    "The second projection and the norm backwards; the gate's gradient is written into d."
-    gate, dgate = _sides(projected, p)[0], _sides(d, p)[0]
-    normed = norm_forward(y, gate, p.norm, shape.eps, shape.group, dtype)
-    dnormed, dweight = product_backward(dout, normed, p.out, dtype)
-    return *norm_backward(dnormed, y, gate, p.norm, shape.eps, shape.group, dgate), dweight
+    "The second projection and the norm backwards, which makes its output again on the way; the gate's gradient is written into d."
+    gate, dgate, dout = _sides(projected, p)[0], _sides(d, p)[0], dout.to(dtype).flatten(0, -2)
+    dnormed, normed = matmul(dout, p.out.to(dtype)).view(y.shape), torch.empty(y.shape, dtype=dtype)
+    dy, dnorm = norm_backward(dnormed, y, gate, p.norm, shape.eps, shape.group, dgate, normed)
+    return dy, dnorm, _weight_gradient(dout, normed.flatten(0, -2), p.out)
 
 # %% ../nbs/06b_layer.ipynb #556e5a3f
 def _to_input(dy, projected, seq_idx, p: Parameters, shape: Shape, dtype, kept, d) -> tuple[Tensor, ...]:  # of conv_weight … D
