@@ -44,6 +44,11 @@ class Lanes:
     def __rtruediv__(self, v): return self._do("fdiv", self._of(v), self.value)
     def bits(self): return self.builder.bitcast(self.value, side_by_side(WORD, self.n))
 
+    def some(self, first: int, end: int) -> "Lanes":
+        "Those of the lanes from first to before end."
+        if end - first == 1: return Lanes(self.builder, self.builder.extract_element(self.value, WORD(first)))
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, self.value, ir.Constant(side_by_side(WORD, end - first), list(range(first, end)))))
+
 # %% ../nbs/06_lanes.ipynb #3769f843
 Q = (0.4999999404, 0.1666652113, 0.04166838899, 0.008368745446, 0.001381454058)
 
@@ -85,8 +90,7 @@ def _estimate(x: Lanes) -> Lanes:
     b, sixteen, mask = x.builder, side_by_side(FLOAT, 16), ir.IntType(16)
     f = cgutils.get_or_insert_function(b.module, ir.FunctionType(sixteen, [sixteen, sixteen, mask]), "llvm.x86.avx512.rcp14.ps.512")
     pick = lambda *k: ir.Constant(side_by_side(WORD, len(k)), list(k))
-    parts = [x.value] if x.n == 16 else [b.shuffle_vector(x.value, x.value, pick(*range(a, a + 16))) for a in range(0, x.n, 16)]
-    parts = [b.call(f, [v, all_of(FLOAT, 16, 0.0), mask(-1)]) for v in parts]
+    parts = [b.call(f, [x.some(a, a + 16).value, all_of(FLOAT, 16, 0.0), mask(-1)]) for a in range(0, x.n, 16)]
     while len(parts) > 1: parts = [b.shuffle_vector(v, w, pick(*range(2 * count(v)))) for v, w in zip(parts[::2], parts[1::2])]
     return Lanes(b, parts[0])
 

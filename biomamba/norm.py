@@ -78,14 +78,12 @@ def norm_backward(
     x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, group: int,  # of `norm_forward`
     dgate: Tensor | None,       # (..., width), whose rows may stand apart: the gradient of the gate; out
     normed: Tensor | None = None,  # (..., width): the output of `norm_forward`, made again with a gate; out
-    past: Tensor | None = None,    # (..., width): without a gate, a gradient of x from elsewhere, to be added
 ) -> tuple[Tensor, Tensor]:     # gradients of x and of the weight
     "The norm backwards by loops."
     n, dx = dout[..., 0].numel(), torch.empty(x.shape, dtype=x.dtype)
     dw, at = torch.zeros(parts_of(n, 32), x.shape[-1] // group, group), dx if dgate is None else dgate
-    again, more = numbers((dx if normed is None else normed).flatten(0, -2)), rows(dx if past is None else past)
-    spread(norm_backward_loop, n, *rows(dout), *_inputs(x, gate, weight, eps, group), numbers(dx.flatten(0, -2)), *rows(at.view(-1, at.shape[-1])),
-           numbers(dw), again, normed is not None, *more, past is not None, least=32)
+    again = numbers((dx if normed is None else normed).flatten(0, -2)), normed is not None
+    spread(norm_backward_loop, n, *rows(dout), *_inputs(x, gate, weight, eps, group), numbers(dx.flatten(0, -2)), *rows(at.view(-1, at.shape[-1])), numbers(dw), *again, least=32)
     return dx, dw.sum(0).flatten().to(weight.dtype)
 
 # %% ../nbs/06a_norm.ipynb #27380968

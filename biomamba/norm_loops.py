@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .lanes import I64, WORD, Lanes, State, everywhere, load, sigmoid, store
+from .lanes import I64, Lanes, State, everywhere, load, sigmoid, store
 from .loops import addresses, f32, in_llvm, loop, over_root
 
 # %% ../nbs/06_norm_loops.ipynb #4e000007
@@ -36,8 +35,7 @@ class _Sum:
         "All lanes together."
         x = self.of[WIDE].get()
         while x.n > 1:
-            half = [ir.Constant(ir.VectorType(WORD, x.n // 2), list(range(a, a + x.n // 2))) for a in (0, x.n // 2)]
-            low, high = (Lanes(x.builder, x.builder.shuffle_vector(x.value, x.value, h)) for h in half) if x.n > 2 else (Lanes(x.builder, x.builder.extract_element(x.value, WORD(k))) for k in (0, 1))
+            low, high = x.some(0, x.n // 2), x.some(x.n // 2, x.n)
             x = low + high
         store(context, x + self.of[1].get(), place, I64(k))
 
@@ -133,21 +131,15 @@ def _of_g(context, b, c, n, r, k, d, w, g, dw) -> tuple[Lanes, Lanes]:
     return (own * weight - v * k) * r, unit * weight
 
 @in_llvm
-def _plain_gradient(typing, d, dat, w, wat, dw, g, r, k, past, pat, added, dx, at, columns):
+def _plain_gradient(typing, d, dat, w, wat, dw, g, r, k, dx, at, columns):
     "The gradient of an input without a gate."
     def build(context, b, signature, values):
-        d, dat, w, wat, dw, g, r, k, past, pat, added, dx, at, columns = addresses(context, b, signature, values)
-        def row(more):
-            def some(c, n):
-                dg, _ = _of_g(context, b, c, n, r, k, _from(b, d, dat), _from(b, w, wat), g, _from(b, dw, wat))
-                store(context, dg + load(b, past, b.add(pat, c), n) if more else dg, dx, b.add(at, c))
-            _along(b, columns, some)
-        with b.if_else(added) as (yes, no):
-            with yes: row(True)
-            with no: row(False)
+        d, dat, w, wat, dw, g, r, k, dx, at, columns = addresses(context, b, signature, values)
+        def some(c, n): store(context, _of_g(context, b, c, n, r, k, _from(b, d, dat), _from(b, w, wat), g, _from(b, dw, wat))[0], dx, b.add(at, c))
+        _along(b, columns, some)
         return context.get_dummy_value()
     i, f = types.int64, types.float32
-    return types.void(d, i, w, i, dw, g, f, f, past, i, types.boolean, dx, i, i), build
+    return types.void(d, i, w, i, dw, g, f, f, dx, i, i), build
 
 # %% ../nbs/06_norm_loops.ipynb #4e000011
 @in_llvm
@@ -176,7 +168,6 @@ def norm_backward_loop(
     dz, gstep,        # rows of the gates' gradients: out; not written where `gated` is false
     dw,               # (parts, groups, width): added to
     normed, again,    # (n, groups · width): the output of `norm_loop`, out; only with gates, and where `again` is true
-    past, pstep, added,  # rows of gradients to add to dx; only without gates, and where `added` is true
     part, first, last,
 ):
     "The gradients of inputs and gates, and of the weight part by part."
@@ -189,4 +180,4 @@ def norm_backward_loop(
             r, to = over_root(sums[0] / f32(C) + eps), t * G * C + q
             k = sums[1] / f32(C) * r * r
             if gated: _gate_gradient(d, t * dstep + q, x, t * step + q, z, t * zstep + q, w, q, own, g, a, r, k, dx, to, dz, t * gstep + q, normed, again, C)
-            else: _plain_gradient(d, t * dstep + q, w, q, own, g, r, k, past, t * pstep + q, added, dx, to, C)
+            else: _plain_gradient(d, t * dstep + q, w, q, own, g, r, k, dx, to, C)
