@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT', 'WORD', 'HALF', 'I64', 'Q', 'side_by_side', 'all_of', 'count', 'Lanes', 'exponential', 'over_sigmoid',
-           'widened', 'rounded', 'load', 'store', 'ask', 'State']
+           'features', 'sigmoid', 'widened', 'rounded', 'load', 'store', 'ask', 'everywhere', 'State']
 
 # %% ../nbs/06_lanes.ipynb #7a281248
 from typing import Any
@@ -44,6 +44,11 @@ class Lanes:
     def __rtruediv__(self, v): return self._do("fdiv", self._of(v), self.value)
     def bits(self): return self.builder.bitcast(self.value, side_by_side(WORD, self.n))
 
+    def some(self, first: int, end: int) -> "Lanes":
+        "Those of the lanes from first to before end."
+        if end - first == 1: return Lanes(self.builder, self.builder.extract_element(self.value, WORD(first)))
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, self.value, ir.Constant(side_by_side(WORD, end - first), list(range(first, end)))))
+
 # %% ../nbs/06_lanes.ipynb #3769f843
 Q = (0.4999999404, 0.1666652113, 0.04166838899, 0.008368745446, 0.001381454058)
 
@@ -75,6 +80,27 @@ def over_sigmoid(z: Lanes) -> Lanes:
     "1 + e⁻ᶻ, by which one divides for a sigmoid."
     return _power(_within(z, -88, 87), -1) + 1.0
 
+# %% ../nbs/06_lanes.ipynb #5161a002
+def features(context: Any) -> str:
+    "What the processor can do, by LLVM's names."
+    return context.codegen().magic_tuple()[2]
+
+def _estimate(x: Lanes) -> Lanes:
+    "1 / x to 14 bits, of a multiple of sixteen numbers."
+    b, sixteen, mask = x.builder, side_by_side(FLOAT, 16), ir.IntType(16)
+    f = cgutils.get_or_insert_function(b.module, ir.FunctionType(sixteen, [sixteen, sixteen, mask]), "llvm.x86.avx512.rcp14.ps.512")
+    pick = lambda *k: ir.Constant(side_by_side(WORD, len(k)), list(k))
+    parts = [b.call(f, [x.some(a, a + 16).value, all_of(FLOAT, 16, 0.0), mask(-1)]) for a in range(0, x.n, 16)]
+    while len(parts) > 1: parts = [b.shuffle_vector(v, w, pick(*range(2 * count(v)))) for v, w in zip(parts[::2], parts[1::2])]
+    return Lanes(b, parts[0])
+
+def sigmoid(context: Any, z: Lanes) -> Lanes:
+    "1 / (1 + e⁻ᶻ); context: numba's, which knows the processor."
+    x = over_sigmoid(z)
+    if x.n % 16 or "+avx512f" not in features(context): return 1.0 / x
+    y = _estimate(x)
+    return (1.0 - x * y) * y + y
+
 # %% ../nbs/06_lanes.ipynb #2f402c85
 class _BF16(ir.Type):
     def _to_string(self): return "bfloat"
@@ -92,7 +118,7 @@ def rounded(
 ) -> Any:          # the bits of bf16
     "fp32 as bf16."
     b, half, word = x.builder, side_by_side(HALF, x.n), lambda v: all_of(WORD, x.n, v)
-    if "+avx512bf16" in context.codegen().magic_tuple()[2]: return b.bitcast(b.fptrunc(x.value, side_by_side(_BF16(), x.n)), half)
+    if "+avx512bf16" in features(context): return b.bitcast(b.fptrunc(x.value, side_by_side(_BF16(), x.n)), half)
     even = b.and_(b.lshr(x.bits(), word(16)), word(1))
     upper = b.lshr(b.add(x.bits(), b.add(even, word(0x7FFF))), word(16))
     return b.trunc(b.select(b.fcmp_unordered("uno", x.value, x.value), word(0x7FC0), upper), half)
@@ -121,6 +147,12 @@ def ask(builder: Any, start: Any, i: Any, change: int = 0) -> None:
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [builder.bitcast(builder.gep(start, [i]), byte), *map(WORD, (change, 3, 1))])
+
+def everywhere(builder: Any, value: Any, n: int) -> Lanes:
+    "One number of fp32 in each of n lanes."
+    if n == 1: return Lanes(builder, value)
+    one = builder.insert_element(ir.Constant(side_by_side(FLOAT, n), ir.Undefined), value, WORD(0))
+    return Lanes(builder, builder.shuffle_vector(one, one, all_of(WORD, n, 0)))
 
 # %% ../nbs/06_lanes.ipynb #571f1893
 class State:

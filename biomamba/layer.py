@@ -9,6 +9,7 @@ __all__ = ['product', 'product_backward', 'Projection', 'Shape', 'Parameters', '
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -121,13 +122,28 @@ def _joined(
     "Chunks as sequences again, without what was added to fill them."
     return v.flatten(2).reshape(batch, -1, v[0, 0].numel())[:, :length]
 
+# %% ../nbs/06b_layer.ipynb #57e95002
+def _step_gradients(
+    dt: Tensor, bias: Tensor, A: Tensor, shape: Shape,  # of `_steps`
+    steps: Tensor,    # Δ, (batch, T, H)
+    dsteps: Tensor,   # gradient of Δ, (batch, T, H)
+    ddecays: Tensor,  # gradient of Δ A, (batch, T, H)
+) -> tuple[Tensor, Tensor, Tensor]:  # of dt, bias and A
+    "What step sizes and log decays give back."
+    z, (least, most) = dt.to(bias.dtype) + bias, shape.limit
+    dz = torch.addcmul(dsteps, ddecays, A) * torch.sigmoid(z)
+    if (least, most) != (0.0, float("inf")):
+        free = F.softplus(z)
+        dz = dz.masked_fill((free < least) | (free > most), 0.0)
+    return dz, dz.sum((0, 1)), (ddecays * steps).sum((0, 1))
+
 # %% ../nbs/06b_layer.ipynb #ed90b056
 def _from_output(dout, y, projected, p: Parameters, shape: Shape, dtype, d) -> tuple[Tensor, Tensor, Tensor]:  # gradients of y, norm, out
-    "The second projection and the norm backwards; the gate's gradient is written into d."
-    gate, dgate = _sides(projected, p)[0], _sides(d, p)[0]
-    normed = norm_forward(y, gate, p.norm, shape.eps, shape.group, dtype)
-    dnormed, dweight = product_backward(dout, normed, p.out, dtype)
-    return *norm_backward(dnormed, y, gate, p.norm, shape.eps, shape.group, dgate), dweight
+    "The second projection and the norm backwards, which makes its output again on the way; the gate's gradient is written into d."
+    gate, dgate, dout = _sides(projected, p)[0], _sides(d, p)[0], dout.to(dtype).flatten(0, -2)
+    dnormed, normed = matmul(dout, p.out.to(dtype)).view(y.shape), torch.empty(y.shape, dtype=dtype)
+    dy, dnorm = norm_backward(dnormed, y, gate, p.norm, shape.eps, shape.group, dgate, normed)
+    return dy, dnorm, _weight_gradient(dout, normed.flatten(0, -2), p.out)
 
 # %% ../nbs/06b_layer.ipynb #556e5a3f
 def _to_input(dy, projected, seq_idx, p: Parameters, shape: Shape, dtype, kept, d) -> tuple[Tensor, ...]:  # of conv_weight … D
@@ -135,15 +151,14 @@ def _to_input(dy, projected, seq_idx, p: Parameters, shape: Shape, dtype, kept, 
     (batch, T, _), (_, inputs, dt) = projected.shape, _sides(projected, p)
     reach = reaches(seq_idx, (batch, T), p.conv_weight.shape[1])
     x, B, C = _convolved(inputs, p, shape, reach, dtype)
-    leaves = [v.detach().requires_grad_() for v in (dt, p.dt_bias, p.A)]
-    with torch.enable_grad(): steps, decays = _steps(leaves[0], leaves[1], leaves[2], shape)
+    steps, _ = _steps(dt, p.dt_bias, p.A, shape)
     dchannels = x.new_empty(*x.shape[:2], inputs.shape[-1])
     width = (inputs.shape[-1] - dy.shape[-1]) // 2
     parts = [d.view(v.shape) for d, v in zip(dchannels.split([dy.shape[-1], width, width], -1), (x, B, C))]
-    dsteps, ddecays, dD, _ = scan_backward(x, steps.detach(), B, C, p.D.view(steps.shape[2:]), kept, batch, cut(dy, shape.chunk).view(x.shape), None, *parts)
+    dsteps, ddecays, dD, _ = scan_backward(x, steps, B, C, p.D.view(steps.shape[2:]), kept, batch, cut(dy, shape.chunk).view(x.shape), None, *parts)
     _, dinputs, ddt = _sides(d, p)
     dweight, dbias = conv_backward(_joined(dchannels, batch, T), inputs, p.conv_weight, p.conv_bias, reach, dinputs)
-    of_dt, dt_bias, A = torch.autograd.grad((steps, decays), leaves, (dsteps, ddecays))
+    of_dt, dt_bias, A = _step_gradients(dt, p.dt_bias, p.A, shape, *(_joined(v, batch, T) for v in (steps, dsteps, ddecays)))
     ddt.copy_(of_dt)
     return dweight, dbias, dt_bias, A, dD.flatten()
 

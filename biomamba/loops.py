@@ -6,7 +6,7 @@
 __all__ = ['MATH', 'ROOMS', 'KEEP', 'SOURCES', 'inline', 'f32', 'u16', 'in_llvm', 'KEPT', 'LARGEST', 'PARTS', 'LOOP',
            'of_these_sources', 'loop', 'wide', 'read', 'write', 'exp', 'sigmoid', 'over_root', 'copy_loop',
            'keep_memory', 'team', 'parts_of', 'spread', 'by_loops', 'product_dtype', 'numbers', 'copied', 'rows',
-           'norm_loop', 'norm_backward_loop', 'entropy_loop']
+           'addresses', 'entropy_loop']
 
 # %% ../nbs/06_loops.ipynb #0e26ee1d
 import ctypes, functools, hashlib, os, pkgutil, platform, sys
@@ -28,7 +28,7 @@ from .lanes import I64, WORD, Lanes, exponential, over_sigmoid, rounded, widened
 
 # %% ../nbs/06_loops.ipynb #6631d41e
 MATH = {"contract", "reassoc", "arcp", "nsz"}  # of LLVM's liberties with floating point; not among them: that nothing is NaN
-ROOMS = ("lanes.py", "loops.py", "products.py", "registers.py", "scan_loops.py", "state_halves.py", "tile_scan.py", "tile_scan_backward.py", "token_loops.py", "transpose.py", "window_loops.py")  # of compiled code
+ROOMS = ("lanes.py", "loops.py", "norm_loops.py", "products.py", "registers.py", "scan_loops.py", "state_halves.py", "tile_scan.py", "tile_scan_backward.py", "token_loops.py", "transpose.py", "window_loops.py")  # of compiled code
 KEEP = "__file__" in globals()  # compiled code is kept on disk by a module, not by a notebook
 SOURCES = hashlib.sha256(b"".join(pkgutil.get_data("biomamba", room) or b"" for room in ROOMS)).hexdigest()[:12] if KEEP else ""
 
@@ -310,83 +310,14 @@ def rows(
     step = r.stride(0) if len(r) > 1 else r.shape[1]
     return numbers(torch.as_strided(r, ((len(r) - 1) * step + r.shape[1],), (1,))), step
 
-# %% ../nbs/06_loops.ipynb #3c6c5a1d
-@inline
-def _gated(x, z, gated, g, a):
-    "g, the gate's sigmoid, and the sum of the squares of g."
-    s = f32(0.0)
-    if gated:
-        for c in range(len(g)):
-            a[c] = sigmoid(read(z[c]))
-            g[c] = read(x[c]) * read(z[c]) * a[c]
-            s += g[c] * g[c]
-    else:
-        for c in range(len(g)):
-            g[c] = read(x[c])
-            s += g[c] * g[c]
-    return s
-
-# %% ../nbs/06_loops.ipynb #8aaa8361
-@loop
-def norm_loop(
-    x, step,    # rows of inputs
-    z, zstep,   # rows of gates; not read where `gated` is false
-    gated, w,   # weight, (groups, width of a group)
-    eps, out,   # (n, groups · width): out
-    part, first, last,
-):
-    "w · g / √(mean of g² + eps), group by group."
-    wide()
-    G, C = w.shape
-    g, a = np.empty(C, f32), np.empty(C, f32)
-    for t in range(first, last):
-        for q in range(0, G * C, C):
-            s, wq, to = _gated(x[t * step + q:t * step + q + C], z[t * zstep + q:t * zstep + q + C], gated, g, a), w[q // C], out[t, q:q + C]
-            r = over_root(s / f32(C) + eps)
-            for c in range(C): write(to, c, g[c] * r * wq[c])
-
-# %% ../nbs/06_loops.ipynb #f9b8fdab
-@inline
-def _norm_gradient(d, w, g, r, dw):
-    "n in the place of g, the weight's gradient, and the mean of n · gradient."
-    m = f32(0.0)
-    for c in range(len(g)):
-        g[c] *= r
-        dw[c] += read(d[c]) * g[c]
-        m += read(d[c]) * w[c] * g[c]
-    return m / f32(len(g))
-
-@inline
-def _gate_gradient(d, x, z, gated, w, n, a, m, r, dx, dz):
-    "The gradients of an input and of its gate."
-    if gated:
-        for c in range(len(n)):
-            dg, zc = (read(d[c]) * w[c] - n[c] * m) * r, read(z[c])
-            write(dx, c, dg * zc * a[c])
-            write(dz, c, dg * read(x[c]) * a[c] * (f32(1.0) + zc * (f32(1.0) - a[c])))
-    else:
-        for c in range(len(n)): write(dx, c, (read(d[c]) * w[c] - n[c] * m) * r)
-
-# %% ../nbs/06_loops.ipynb #d48f468b
-@loop
-def norm_backward_loop(
-    d, dstep,  # rows of gradients
-    x, step, z, zstep, gated, w, eps,  # of `norm_loop`
-    dx,        # (n, groups · width): out
-    dz, gstep, # rows of the gates' gradients: out; not written where `gated` is false
-    dw,        # (parts, groups, width): added to
-    part, first, last,
-):
-    "The gradients of inputs and gates, and of the weight part by part."
-    wide()
-    G, C = w.shape
-    g, a = np.empty(C, f32), np.empty(C, f32)
-    for t in range(first, last):
-        for q in range(0, G * C, C):
-            own, xs, zs, wq = d[t * dstep + q:t * dstep + q + C], x[t * step + q:t * step + q + C], z[t * zstep + q:t * zstep + q + C], w[q // C]
-            r = over_root(_gated(xs, zs, gated, g, a) / f32(C) + eps)
-            m = _norm_gradient(own, wq, g, r, dw[part, q // C])
-            _gate_gradient(own, xs, zs, gated, wq, g, a, m, r, dx[t, q:q + C], dz[t * gstep + q:t * gstep + q + C])
+# %% ../nbs/06_loops.ipynb #ad0d4e51
+def addresses(context, builder, signature, values) -> list:
+    "Of arrays, where their numbers start; of a tuple of arrays, each one's; whole numbers as they are."
+    start = lambda kind, value: context.make_array(kind)(context, builder, value).data
+    def seen(kind, value):
+        if isinstance(kind, types.Array): return start(kind, value)
+        return [start(kind.dtype, builder.extract_value(value, k)) for k in range(kind.count)] if isinstance(kind, types.UniTuple) else value
+    return [seen(kind, value) for kind, value in zip(signature.args, values)]
 
 # %% ../nbs/06_loops.ipynb #48c846b2
 @inline

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .loops import copied, f32, norm_backward_loop, norm_loop, numbers, parts_of, product_dtype, rows, spread
+from .loops import copied, f32, numbers, parts_of, product_dtype, rows, spread
+from .norm_loops import norm_backward_loop, norm_loop
 
 # %% ../nbs/06a_norm.ipynb #f01d1db2
 def _normalize(
@@ -76,11 +77,13 @@ def norm_backward(
     dout: Tensor,               # (..., width)
     x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, group: int,  # of `norm_forward`
     dgate: Tensor | None,       # (..., width), whose rows may stand apart: the gradient of the gate; out
+    normed: Tensor | None = None,  # (..., width): the output of `norm_forward`, made again with a gate; out
 ) -> tuple[Tensor, Tensor]:     # gradients of x and of the weight
     "The norm backwards by loops."
     n, dx = dout[..., 0].numel(), torch.empty(x.shape, dtype=x.dtype)
     dw, at = torch.zeros(parts_of(n, 32), x.shape[-1] // group, group), dx if dgate is None else dgate
-    spread(norm_backward_loop, n, *rows(dout), *_inputs(x, gate, weight, eps, group), numbers(dx.flatten(0, -2)), *rows(at.view(-1, at.shape[-1])), numbers(dw), least=32)
+    again = numbers((dx if normed is None else normed).flatten(0, -2)), normed is not None
+    spread(norm_backward_loop, n, *rows(dout), *_inputs(x, gate, weight, eps, group), numbers(dx.flatten(0, -2)), *rows(at.view(-1, at.shape[-1])), numbers(dw), *again, least=32)
     return dx, dw.sum(0).flatten().to(weight.dtype)
 
 # %% ../nbs/06a_norm.ipynb #27380968

@@ -103,10 +103,12 @@ class Job:
         units: int,            # among which the threads share the work
         **fields: Any,         # all of the record's; of a tensor, its address
     ):
-        missing = {*(code.record.names or ())} - {"next", *fields}
+        names = code.record.names or ()
+        missing, unknown = {*names} - {"next", *fields}, {*fields} - {*names}
         if missing: raise TypeError(f"a job of {code.function.__name__} was not given {', '.join(sorted(missing))}; compiled code would read at address 0")
-        self.record, self.units, self.kept = np.zeros(1, code.record), units, fields
-        for name, value in fields.items(): self.record[name] = _address(value) if isinstance(value, Tensor) else value
+        if unknown: raise TypeError(f"a job of {code.function.__name__} has no {', '.join(sorted(unknown))}, but {', '.join(names[1:])}")
+        given = {"next": 0} | {name: _address(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+        self.record, self.units, self.kept = np.array([tuple(given[name] for name in names)], code.record), units, fields
         self.runtime: Any = _openmp()
         if self.runtime is None: raise RuntimeError("a Job takes PyTorch's threads, and they are not those of GNU's OpenMP")
         self.next, self.run = self.record.view(i64)[:1], self.runtime.GOMP_parallel

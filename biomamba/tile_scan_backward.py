@@ -82,11 +82,12 @@ def join_back(at, D, Q, F, P, low, dx, dx_step):
 
 # %% ../nbs/06_tile_scan_backward.ipynb #71e5ca17
 @piece
-def to_C(at, C, Q, N, low, dC, new):
-    "32 rows: what dy and the state give C, and through arrival s."
+def to_C(at, C, Q, N, low, dC, new, ahead, step):
+    "32 rows: what dy and the state give C, and through arrival s; asks for the state that is read next."
     a, ds = floats(at.arrive, Q), floats(at.ds, Q)
     for i in range(low, low + 32):
         dot = everywhere(f32(0.0))
+        for k in range(i * step, (i + 1) * step, 64): ask(ahead + k)
         for k in range(0, N, 16):
             v = load(at.wide + 4 * ((i - low) * N + k)) * a[i]
             dot = dot + v * load_half(C + 2 * (i * N + k))
@@ -147,7 +148,7 @@ def write_back(j, at, c, h, left):
 
 # %% ../nbs/06_tile_scan_backward.ipynb #90a1f326
 @piece
-def row_back(j, at, c, h, state, m, dB, dC, new):
+def row_back(j, at, c, h, state, m, dB, dC, new, ahead):
     "The four steps backwards for a row of tokens and a head; returns D's gradient."
     Q, F, P, N, D, dx = j.Q, j.filled, j.P, j.N, floats(j.D, j.H)[h], j.dx + c * j.Q * j.dx_step + 2 * h * j.P
     carry = read_back(j, at, c, h)
@@ -161,7 +162,7 @@ def row_back(j, at, c, h, state, m, dB, dC, new):
         gone, skipped = join_back(at, D, Q, F, P, low, dx, j.dx_step)
         left, skip = left + gone, skip + skipped
         multiply(at.dy + 2 * low * P, 2 * P, at.before, 4 * N, at.wide, 4 * N, 32, N, P)
-        to_C(at, m.other, F, N, low, dC, new)
+        to_C(at, m.other, F, N, low, dC, new, ahead, 2 * N * P // F)
     if new: multiply(at.x_sent, 2 * P, at.after, 4 * N, dB, 4 * N, F, N, P)
     else: multiply_on(at.x_sent, 2 * P, at.after, 4 * N, dB, 4 * N, F, N, P)
     for n in range(0, N, 32):
@@ -190,7 +191,9 @@ def backward(p):
             m, to = maps_at(j.maps, item, F, N), 4 * (unit % j.parts * j.batch * j.chunks * groups + item) * F * N
             ends(words(j.start + 4 * c * j.Q, j.Q), j.Q, at.ends)
             fill(at.dG, F * F)
-            for h in range(low, high): dD[b * j.H + h] += row_back(j, at, c, h, at.states + (h - low) * 6 * N * P, m, j.dB + to, j.dC + to, h == low)
+            for h in range(low, high):
+                ahead = j.before + 2 * (c * j.H + h + 1 if h + 1 < high else (c - 1) * j.H + low) * N * P
+                dD[b * j.H + h] += row_back(j, at, c, h, at.states + (h - low) * 6 * N * P, m, j.dB + to, j.dC + to, h == low, ahead)
             to_both(at, m, F, N, j.dB + to, j.dC + to)
         for h in range(low, high): copy_rows(at.states + (h - low) * 6 * N * P, 4 * P, edge(j.first, j, b, h), 4 * j.R * P, N, 4 * P)
         unit = take(p)

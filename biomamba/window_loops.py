@@ -12,8 +12,8 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 
-from .lanes import I64, Lanes, State, ask, load, over_sigmoid, store
-from .loops import f32, in_llvm, loop
+from .lanes import I64, Lanes, State, ask, load, sigmoid, store
+from .loops import addresses, f32, in_llvm, loop
 
 # %% ../nbs/06_window_loops.ipynb #8e3c6b64
 TOKENS, WIDE, NARROW = 16, 64, 16  # at a time; channels side by side, and where more stays in registers
@@ -56,14 +56,6 @@ def _ask(builder, n, memory, place, change=0) -> None:
     if n == 1: return
     for line in range(0, n, 32): ask(builder, memory, builder.add(place, I64(64 + line)), change)
 
-def _numbers(context, builder, signature, values) -> list:
-    "Of arrays, where their numbers start; of taps, each one's; whole numbers as they are."
-    start = lambda kind, value: context.make_array(kind)(context, builder, value).data
-    def seen(kind, value):
-        if isinstance(kind, types.Array): return start(kind, value)
-        return [start(kind.dtype, builder.extract_value(value, k)) for k in range(kind.count)] if isinstance(kind, types.UniTuple) else value
-    return [seen(kind, value) for kind, value in zip(signature.args, values)]
-
 # %% ../nbs/06_window_loops.ipynb #9d3a14a9
 def _forwards(
     n: int,  # channels side by side
@@ -72,7 +64,7 @@ def _forwards(
     @in_llvm
     def block(typing, x, step, w, bias, reach, y, ystep, c, first, last):
         def build(context, b, signature, values):
-            x, step, w, bias, reach, y, ystep, c, first, last = _numbers(context, b, signature, values)
+            x, step, w, bias, reach, y, ystep, c, first, last = addresses(context, b, signature, values)
             window, bias = _Window(b, n, x, step, c, reach, [load(b, tap, c, n) for tap in w]), load(b, bias, c, n)
             window.begin(first)
             with cgutils.for_range(b, last, start=first) as turn:
@@ -80,7 +72,7 @@ def _forwards(
                 with b.if_then(b.icmp_signed("<", r, I64(len(w) - 1)), likely=False): _forget(window, r)
                 _ask(b, n, x, window.place(t, step))
                 z = _sum(window, bias, t)
-                store(context, z / over_sigmoid(z), y, window.place(t, ystep))
+                store(context, z * sigmoid(context, z), y, window.place(t, ystep))
                 _move_on(window.past)
             return context.get_dummy_value()
         i = types.int64
@@ -114,12 +106,12 @@ class _Gradient:
         self.window, self.dy, self.dstep, self.bias = window, dy, dstep, bias
         self.pending, self.sums = [State(window.builder, window.n) for _ in window.taps], [State(window.builder, window.n) for _ in (*window.taps, 0)]
 
-    def token(self, t, r, own: bool) -> None:
+    def token(self, context, t, r, own: bool) -> None:
         "To the inputs in its window and, where the token is the part's own, to taps and bias; r: how far it sees, None for all."
         window, pending = self.window, self.pending
         if r is not None: _forget(window, r)
         z = _sum(window, self.bias, t)
-        g = 1.0 / over_sigmoid(z)
+        g = sigmoid(context, z)
         dz = load(window.builder, self.dy, window.place(t, self.dstep), window.n) * g * ((1.0 - g) * z + 1.0)
         pending[0].set(dz * window.taps[0])
         for k in range(1, len(pending)): pending[k].set(dz * (window.taps[k] if r is None else window.only(k, r, window.taps[k])) + pending[k].get())
@@ -143,7 +135,7 @@ def _backwards(
     @in_llvm
     def block(typing, dy, dstep, x, step, w, bias, reach, dx, xstep, sums, pending, C, c, begin, first, last, rows):
         def build(context, b, signature, values):
-            dy, dstep, x, step, w, bias, reach, dx, xstep, sums, pending, C, c, begin, first, last, rows = _numbers(context, b, signature, values)
+            dy, dstep, x, step, w, bias, reach, dx, xstep, sums, pending, C, c, begin, first, last, rows = addresses(context, b, signature, values)
             window = _Window(b, n, x, step, c, reach, [load(b, tap, c, n) for tap in w])
             g = _Gradient(window, dy, dstep, load(b, bias, c, n))
             kept = [(state, pending, k) for k, state in enumerate(g.pending)] + [(state, sums, k) for k, state in enumerate(g.sums)]
@@ -165,12 +157,12 @@ def _own(context, b, g, t, x, dx, xstep, rows) -> None:
     for memory, step, change in ((x, window.step, 0), (g.dy, g.dstep, 0), (dx, xstep, 1)): _ask(b, window.n, memory, window.place(t, step), change)
     r = window.reach_of(t)
     with b.if_else(b.icmp_signed("==", r, I64(len(window.taps) - 1)), likely=True) as (all_seen, some):
-        with all_seen: g.token(t, None, True)
-        with some: g.token(t, r, True)
+        with all_seen: g.token(context, t, None, True)
+        with some: g.token(context, t, r, True)
 
 def _after(context, b, g, t, x, dx, xstep, rows) -> None:
     "A token after the part, where there is one."
-    with b.if_then(b.icmp_signed("<", t, rows)): g.token(t, g.window.reach_of(t), False)
+    with b.if_then(b.icmp_signed("<", t, rows)): g.token(context, t, g.window.reach_of(t), False)
 
 # %% ../nbs/06_window_loops.ipynb #ef544fce
 _many_own, _one_own, _many_after, _one_after = (_backwards(n, own) for own in (True, False) for n in (NARROW, 1))

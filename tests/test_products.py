@@ -188,3 +188,4 @@ def test_what_is_no_number_stays_in_its_row():
 def test_a_job_wants_all_of_its_record():
     fields = dict.fromkeys(FIELDS.split(), 0)
     with pytest.raises(TypeError, match="was not given weight"): Job(by_vectors, 1, **{k: v for k, v in fields.items() if k != "weight"})
+    with pytest.raises(TypeError, match="has no weigth, but half, weight"): Job(by_vectors, 1, **fields, weigth=0)
