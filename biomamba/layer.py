@@ -18,6 +18,7 @@ from .conv import conv_backward, conv_forward, reaches
 from .loops import by_loops, product_dtype
 from .norm import norm_backward, norm_forward
 from .ssd import Kept, cut, scan_backward, scan_forward, step_sizes
+from .tile_products import fits_products, project, weight_gradient
 from .transpose import matmul, transposed
 
 # %% ../nbs/06b_layer.ipynb #0d6d6027
@@ -27,14 +28,16 @@ def product(
     dtype: torch.dtype,  # of the product
 ) -> Tensor:             # (..., outputs), in that dtype
     "x Wᵀ."
-    return matmul(x.to(dtype).flatten(0, -2), weight.to(dtype).T).view(*x.shape[:-1], -1)
+    rows = x.to(dtype).flatten(0, -2)
+    return (project(rows, weight) if fits_products(rows) else matmul(rows, weight.to(dtype).T)).view(*x.shape[:-1], -1)
 
 def _weight_gradient(
     dy: Tensor,         # (rows, outputs)
     x: Tensor,          # (rows, inputs), the same dtype
     weight: Tensor,     # (outputs, inputs)
 ) -> Tensor:            # as the weight
-    "dYᵀ X; of bf16 on a processor dY is turned first."
+    "dYᵀ X; where oneDNN multiplies bf16, dY is turned first."
+    if fits_products(dy): return weight_gradient(dy, x).to(weight.dtype)
     turns = x.dtype == torch.bfloat16 and by_loops(x)
     return ((transposed(dy, dy.dtype) if turns else dy.T) @ x).to(weight.dtype)
 
