@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['i64', 'in_llvm', 'BLOCK', 'TILE', 'PAGE', 'STREAMS', 'AHEAD', 'FIELDS', 'take', 'whole', 'floats', 'halves', 'Shared',
            'shared', 'Job', 'in_turn', 'chain', 'up', 'laid_out', 'in_large_pages', 'fetch', 'panel', 'by_vectors',
-           'tiles', 'tile_panel', 'by_tiles', 'blend', 'multiplies', 'Product']
+           'tiles', 'tile_panel', 'row_panel', 'by_tiles', 'blend', 'multiplies', 'Product']
 
 # %% ../nbs/06_products.ipynb #411bbb47
 import contextlib, ctypes, functools, mmap
@@ -315,8 +315,56 @@ def tile_panel(
         return context.get_dummy_value()
     return _intrinsic(build)
 
+# %% ../nbs/06_products.ipynb #7c0a5e44
+_KEPT, _SMALL = ("arcp",), 0x8040  # numbers below 2^-126, given or made, are zero
+
+def _register(b, name, place):
+    "Store or load the register by which a thread rounds."
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer()])
+    b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.sse.{name}mxcsr"), [b.bitcast(place, _I8.as_pointer())])
+
+def _fused(b, w, v, total):
+    "w v + total, rounded once."
+    kind = ir.FunctionType(_SUMS, [_SUMS] * 3)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32"), [w, v, total])
+
+# %% ../nbs/06_products.ipynb #7c0a5e42
+def row_panel(
+    streams: int,  # blocks side by side
+) -> Callable:  # as of `tile_panel`, of one row
+    "Blocks of outputs of one row, by vectors, with a tile's digits."
+    def build(context, b, signature, args):
+        weight, apart, x, _, y, _, steps, _ = args
+        zero, before, within = ir.Constant(_SUMS, [0.0] * BLOCK), *(cgutils.alloca_once(b, _I32) for _ in range(2))
+        sums, *sides = ([cgutils.alloca_once_value(b, zero) for _ in range(streams)] for _ in range(3))
+        _register(b, "st", before)
+        b.store(b.or_(b.load(before), _I32(_SMALL)), within)
+        _register(b, "ld", within)
+        with cgutils.for_range(b, steps) as tile:
+            for side in sum(sides, []): b.store(zero, side)
+            with cgutils.for_range(b, _I64(TILE // 2)) as pair:
+                step = b.add(b.mul(tile.index, _I64(TILE // 2)), pair.index)
+                many = [_everywhere(b, v) for v in _numbers(b, b.add(x, b.mul(step, _I64(4))), True, False)]
+                for s in range(streams):
+                    line = b.add(b.add(weight, b.mul(apart, _I64(s))), b.mul(step, _I64(4 * BLOCK)))
+                    _prefetch(b, b.add(line, _I64(AHEAD)))
+                    for w, v, side in zip(_numbers(b, line, True, True), many, sides): b.store(_fused(b, w, v, b.load(side[s])), side[s])
+            for total, even, odd in zip(sums, *sides): b.store(b.fadd(b.load(total), b.fadd(b.load(even), b.load(odd), flags=_KEPT), flags=_KEPT), total)
+        _register(b, "ld", before)
+        for s, total in enumerate(sums): b.store(b.load(total), _at(b, b.add(y, _I64(64 * s)), _SUMS), align=4)
+        return context.get_dummy_value()
+    return _intrinsic(build)
+
 # %% ../nbs/06_products.ipynb #201850c1
-_many_tiles, _one_tile = tile_panel(STREAMS), tile_panel(1)
+_many_tiles, _one_tile, _many_row, _one_row = tile_panel(STREAMS), tile_panel(1), row_panel(STREAMS), row_panel(1)
+
+@inline
+def _tiles(streams, weight, apart, x, x_step, y, y_step, steps, rows):
+    "Six blocks or one, of up to 16 rows."
+    if streams == STREAMS and rows == 1: _many_row(weight, apart, x, x_step, y, y_step, steps, rows)
+    elif streams == STREAMS: _many_tiles(weight, apart, x, x_step, y, y_step, steps, rows)
+    elif rows == 1: _one_row(weight, apart, x, x_step, y, y_step, steps, rows)
+    else: _one_tile(weight, apart, x, x_step, y, y_step, steps, rows)
 
 @shared(FIELDS)
 def by_tiles(p):
@@ -325,11 +373,11 @@ def by_tiles(p):
     unit, apart = take(p), j.steps * 64
     while unit * STREAMS < j.blocks:
         weight, last = j.weight + unit * STREAMS * apart, min(STREAMS, j.blocks - unit * STREAMS)
+        together = STREAMS if last == STREAMS else 1
         for r in range(0, j.rows, 16):
-            x, y, rows = j.x + r * j.x_step, j.y + r * j.y_step + unit * STREAMS * 64, min(16, j.rows - r)
-            if last == STREAMS: _many_tiles(weight, apart, x, j.x_step, y, j.y_step, j.steps // 16, rows)
-            else:
-                for k in range(last): _one_tile(weight + k * apart, apart, x, j.x_step, y + k * 64, j.y_step, j.steps // 16, rows)
+            for k in range(0, last, together):
+                x, y = j.x + r * j.x_step, j.y + r * j.y_step + (unit * STREAMS + k) * 64
+                _tiles(together, weight + k * apart, apart, x, j.x_step, y, j.y_step, j.steps // 16, min(16, j.rows - r))
         unit = take(p)
 
 # %% ../nbs/06_products.ipynb #d29cf6c2
