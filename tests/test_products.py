@@ -49,6 +49,28 @@ def test_digits_depend_on_neither_threads_nor_neighbours(dtype, by_tiles, thread
     assert torch.equal(torch.cat([product(part) for part in x.split([1, 3, 6, 11])]), whole)
 
 
+def bits(seed: int, low: int, high: int, *shape: int) -> torch.Tensor:
+    "Numbers of bf16 of either sign whose exponents lie between two, as it stores them: 0 are those below 2^-126, 255 infinities."
+    g = torch.Generator().manual_seed(seed)
+    sign, exponent, digits = (torch.randint(low_, high_, shape, generator=g, dtype=torch.int32) for low_, high_ in ((0, 2), (low, high), (0, 128)))
+    return (sign << 15 | exponent << 7 | digits * (exponent < 255)).to(torch.uint16).view(torch.bfloat16)
+
+
+@pytest.mark.skipif(not tiles(), reason="this processor multiplies no tiles")
+@pytest.mark.parametrize("of_x, of_weight", [((117, 130), (117, 130)), ((110, 130), (0, 4)), ((0, 4), (110, 130)), ((60, 68), (60, 68)), ((0, 130), (0, 130)), ((150, 192), (150, 192))])
+def test_vectors_have_the_digits_of_a_tile(of_x, of_weight):
+    "Usual numbers; weights and inputs below 2^-126; products about there; all at once; sums that overflow, and infinite weights. The last of 17 rows is alone in its tile."
+    weight, x = bits(0, *of_weight, 1503, 700), bits(1, *of_x, 17, 700)
+    if of_weight[1] > 130: weight[::7, 5], weight[::6, 8] = torch.inf, -torch.inf
+    product = Product(weight)
+    together, alone, beside = product(x), torch.cat([product(row[None]) for row in x]), product(x[[16, 0]])[0]
+    assert torch.equal(together.isnan(), alone.isnan()) and together.isnan().float().mean() < 0.9
+    whole = lambda t: t.nan_to_num(0.0, torch.inf, -torch.inf).view(torch.int32)
+    assert torch.equal(whole(together), whole(alone)) and torch.equal(whole(together[16]), whole(beside))
+    small = torch.full((1 << 17,), 1e-40)
+    assert (small * 1.5 > small).all()  # the threads round again as they did
+
+
 @pytest.mark.parametrize("dtype, by_tiles", KINDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_comes_out_where_it_went_in(dtype, by_tiles, bad, monkeypatch):
