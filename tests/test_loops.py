@@ -190,7 +190,7 @@ def faults():
 torch.empty(1 << 20).fill_(1)
 before, kept = faults(), keep_memory()
 faults()
-print(before, faults(), kept)
+print(before, min(faults() for _ in range(3)), kept)
 """
 
 

@@ -1,0 +1,57 @@
+"""Products by tiles against products in fp64."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biomamba.layer import product, product_backward
+from biomamba.tile_products import LONG, fits_products, project, weight_gradient
+
+pytestmark = pytest.mark.skipif(not fits_products(torch.zeros(32, 32, dtype=torch.bfloat16)), reason="a processor with tiles (AMX)")
+SIZE = st.integers(1, 400)
+
+
+def error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=SIZE, inputs=SIZE, outputs=SIZE, apart=st.sampled_from([0, 3, 16]), kind=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_any_shape_is_the_product_in_fp64(rows, inputs, outputs, apart, kind, seed):
+    draw = torch.Generator().manual_seed(seed)
+    make = lambda n, m: torch.randn(n, m + apart, generator=draw)[:, :m]
+    x, dy, w = make(rows, inputs).bfloat16(), make(rows, outputs).bfloat16(), make(outputs, inputs).to(kind)
+    assert error(project(x, w), x.double() @ w.bfloat16().double().T) < 4e-3  # of bf16's rounding
+    dw = weight_gradient(dy, x)
+    assert dw.dtype == torch.float32 and error(dw, dy.double().T @ x.double()) < 1e-6
+
+
+def test_more_rows_than_are_taken_at_once_are_all_added():
+    dy, x = torch.randn(2 * LONG + 5, 40).bfloat16(), torch.randn(2 * LONG + 5, 33).bfloat16()
+    assert error(weight_gradient(dy, x), dy.double().T @ x.double()) < 1e-6
+
+
+def test_digits_depend_neither_on_threads_nor_on_other_rows():
+    x, dy, w = torch.randn(300, 96).bfloat16(), torch.randn(300, 500).bfloat16(), torch.randn(500, 96)
+    y, dw, threads = project(x, w), weight_gradient(dy, x), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(project(x, w), y) and torch.equal(weight_gradient(dy, x), dw)
+    finally: torch.set_num_threads(threads)
+    assert torch.equal(project(x[70:], w), y[70:])
+
+
+def test_a_nan_stays_in_its_row_and_column():
+    x, w = torch.randn(65, 40).bfloat16(), torch.randn(70, 40)
+    x[3, 39], w[69, 0] = float("nan"), float("inf")
+    broken = ~project(x, w).isfinite()
+    assert broken[3].all() and broken[:, 69].all()
+    assert int(broken.sum()) == 65 + 70 - 1
+
+
+def test_a_layer_multiplies_by_tiles():
+    x, dy, w = torch.randn(2, 50, 64), torch.randn(2, 50, 96), torch.randn(96, 64)
+    y, (dx, dw) = product(x, w, torch.bfloat16), product_backward(dy, x, w, torch.bfloat16)
+    rows, back = x.bfloat16().flatten(0, 1), dy.bfloat16().flatten(0, 1)
+    assert torch.equal(y.flatten(0, 1), project(rows, w)) and torch.equal(dw, weight_gradient(back, rows))
+    assert error(dx.flatten(0, 1), back.double() @ w.bfloat16().double()) < 4e-3
