@@ -9,7 +9,7 @@ __all__ = ['LEAST', 'prefill', 'packs', 'packed_linear', 'LayerWeights', 'layer_
 
 # %% ../nbs/06d_decoding.ipynb #23e98116
 import functools, math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -309,11 +309,11 @@ class LoopStep:
 
     def __init__(self, model: BioMambaForCausalLM, table: Tensor, layers: list[LayerWeights], head: Product, memories: list[Memory], rows: int):
         zeros = functools.partial(np.zeros, dtype=np.int64)
-        self.now, self.turns, self.starts, self.ids, self.vocabulary = zeros(1), zeros(rows), zeros(rows), zeros(rows), len(table)
+        self.now, self.starts, self.ids, self.vocabulary = zeros(1), zeros(rows), zeros(rows), len(table)
         keep_memory()  # a step's logits take the place of those that nobody needs any more
         self.logits = head.places(rows)[1]
         self.record = step_fields(cast(BioMambaMixer, model.backbone.layers[0].mixer), layers[0], table.contiguous(), rows)
-        self.record |= {name: getattr(self, name).ctypes.data for name in ("now", "turns", "ids")}
+        self.record |= {name: getattr(self, name).ctypes.data for name in ("now", "starts", "ids")}
         self.streams = [torch.zeros(rows, self.record["width"]) for _ in range(2)]  # what a layer reads, and what it leaves to the next
         self.layers = [self._work(i, w, memory) for i, (w, memory) in enumerate(zip(layers, memories))]
         self.head = head.job(self.record["narrow"], self.logits)
@@ -334,12 +334,10 @@ class LoopStep:
         begin, rest = short_job(enter, r["rows"], r), [*phases(r), cast(Product, w.out_proj).job(r["wide"], r["added"])]
         return [[begin, cast(Product, w.in_proj).job(r["narrow"], slot), *rest] for slot in memory.ring]
 
-    def __call__(self, step: int, ids: Tensor) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
+    def __call__(self, step: int, tokens: Sequence[int]) -> Tensor:  # its number modulo J, (rows); logits (rows, V, filled up to whole blocks) fp32
         "One token of every row."
-        if ids.shape != self.ids.shape: raise ValueError(f"{len(self.ids)} rows want a token each; ids of shape {tuple(ids.shape)} were given")
-        tokens = ids.tolist()
         if min(tokens) < 0 or max(tokens) >= self.vocabulary: raise IndexError(f"tokens {tokens} were given; the model's vocabulary has the ids 0 to {self.vocabulary - 1}")
-        self.now[0], self.turns[:], self.ids[:] = step, (step - self.starts) % WAITING, tokens
+        self.now[0], self.ids[:] = step, tokens
         logits = torch.empty_like(self.logits)
         self.head.record["y"] = logits.data_ptr()
         self.steps[step % len(self.steps)]()
@@ -365,17 +363,19 @@ class Decoder:
 
     def batch(self, rows: int) -> "Batch": return Batch(self, rows)
 
-    @torch.inference_mode()
-    def step(self, batch: "Batch", ids: Tensor) -> Tensor:  # ids (rows) to logits (rows, V): by loops in fp32, else in the dtype of the head's product
+    def step(self, batch: "Batch", ids: Tensor | Sequence[int]) -> Tensor:  # one a row, to logits (rows, V): by loops in fp32, else in the dtype of the head's product
         "Give every row its next token."
+        tokens = ids.tolist() if isinstance(ids, Tensor) else ids
+        if len(tokens) != batch.rows or isinstance(tokens[0], list): raise ValueError(f"{batch.rows} rows want a token each; ids of shape {tuple(np.shape(tokens))} were given")
         s, step = batch.scratch, batch.step
-        if isinstance(s, LoopStep):
-            logits = s(step, ids)[:, :cast(Product, self.head).outputs]
-            batch.step = (step + 1) % WAITING
-            return logits
+        logits = s(step, tokens)[:, :cast(Product, self.head).outputs] if isinstance(s, LoopStep) else self._by_parts(batch, s, ids)
         batch.step = (step + 1) % WAITING
-        s.hidden.copy_(self.embedding[ids])
-        for w, memory in zip(self.layers, batch.layers): layer_step(w, memory, s, step)
+        return logits
+
+    @torch.inference_mode()
+    def _by_parts(self, batch: "Batch", s: Scratch, ids: Tensor | Sequence[int]) -> Tensor:
+        s.hidden.copy_(self.embedding[torch.as_tensor(ids, device=self.embedding.device)])
+        for w, memory in zip(self.layers, batch.layers): layer_step(w, memory, s, batch.step)
         _over_norm(s.hidden, s.hidden_padded, s.norm, s.narrow)
         return self.head(s.narrow_filled)[:batch.rows]
 

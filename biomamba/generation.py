@@ -68,7 +68,7 @@ def most_likely(
     logits: Tensor,  # (rows, V)
 ) -> list[int]:
     "The token of each row's largest logit, the first of equals."
-    if logits.device.type == "cpu" and logits.dtype == torch.float32: return [int(row.argmax()) for row in logits.detach().numpy()]
+    if logits.device.type == "cpu" and logits.dtype == torch.float32: return [int(row.argmax()) for row in logits.numpy(force=True)]
     return logits.argmax(-1).tolist()
 
 # %% ../nbs/06f_generation.ipynb #5914cd6b
@@ -189,7 +189,7 @@ class Queue:
 
     def step(self) -> list[tuple[Writer, str]]:
         "One token of every row."
-        ids = torch.tensor([w.tokens[-1] if w else EOS for w in self.rows], device=self.suppressed.device)
+        ids = [w.tokens[-1] if w else EOS for w in self.rows]
         generators = [w.generator if w else torch.Generator() for w in self.rows]
         chosen = choose(self.decoder.step(self.batch, ids), self.suppressed, self.o, generators)
         out = [(w, w.add(t)) for w, t in zip(self.rows, chosen) if w]

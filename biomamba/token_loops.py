@@ -16,7 +16,7 @@ from .state_halves import LARGE, SMALL, rows_summed, scale, tokens_added
 
 # %% ../nbs/06_token_loops.ipynb #e95fb1f1
 WAITING = 16  # J; a multiple of the convolution's taps
-SIZES = "phase pieces alone now turns rows width H P G N J K channels ring_width half table_half split part"
+SIZES = "phase pieces alone now starts rows width H P G N J K channels ring_width half table_half split part"
 PLACES = "ids table hidden onward added added_width narrow narrow_width ring taps conv_bias dt_bias A D decay mix log x B state rest bound gated squares wide wide_width"
 FIELDS, REALS = f"{SIZES} {PLACES}", "eps norm_eps least most"
 READ, ALL = range(2)  # phases
@@ -227,7 +227,7 @@ def _ask_for(j, piece, row, group, first, now, step):
 def _some_heads(j, piece, now, z, y, x):
     "Some heads of a row, from the convolution to their gated output and its squares; at the last of J steps their state. z, y, x: room."
     R, N, squares, row, first = j.H // j.G, j.N, floats(j.squares, (j.rows, j.H)), piece // (j.H // j.part), piece % (j.H // j.part) * j.part
-    g, step, own, new, C = first // R, whole(j.turns + row * 8), z[:j.part * j.P], z[j.part * j.P:j.part * j.P + N], z[j.part * j.P + N:]
+    g, step, own, new, C = first // R, (now - whole(j.starts + row * 8)) % j.J, z[:j.part * j.P], z[j.part * j.P:j.part * j.P + N], z[j.part * j.P + N:]
     _ask_for(j, piece, row, g, first, now, step)
     _convolve(j, row, now, first * j.P, own)
     _convolve(j, row, now, j.H * j.P + g * N, new)
