@@ -18,7 +18,7 @@ from .conv import conv_backward, conv_forward, reaches
 from .loops import by_loops, product_dtype
 from .norm import norm_backward, norm_forward
 from .ssd import Kept, cut, scan_backward, scan_forward, step_sizes
-from .tile_products import fits_products, project, weight_gradient
+from .tile_products import fits_products, input_gradient, project, weight_gradient
 from .transpose import matmul, transposed
 
 # %% ../nbs/06b_layer.ipynb #0d6d6027
@@ -30,6 +30,13 @@ def product(
     "x Wᵀ."
     rows = x.to(dtype).flatten(0, -2)
     return (project(rows, weight) if fits_products(rows) else matmul(rows, weight.to(dtype).T)).view(*x.shape[:-1], -1)
+
+def _input_gradient(
+    dy: Tensor,         # (rows, outputs), in the dtype of the product
+    weight: Tensor,     # (outputs, inputs)
+) -> Tensor:            # (rows, inputs), in that dtype
+    "dY W."
+    return input_gradient(dy, weight) if fits_products(dy) else matmul(dy, weight.to(dy.dtype))
 
 def _weight_gradient(
     dy: Tensor,         # (rows, outputs)
@@ -47,7 +54,7 @@ def product_backward(
 ) -> tuple[Tensor, Tensor]:    # gradients of x and of the weight, each in its dtype
     "The gradients of x Wᵀ."
     dy, x2 = dy.to(dtype).flatten(0, -2), x.to(dtype).flatten(0, -2)
-    return matmul(dy, weight.to(dtype)).view(x.shape).to(x.dtype), _weight_gradient(dy, x2, weight)
+    return _input_gradient(dy, weight).view(x.shape).to(x.dtype), _weight_gradient(dy, x2, weight)
 
 # %% ../nbs/06b_layer.ipynb #ca915e90
 class Projection(torch.autograd.Function):
@@ -144,7 +151,7 @@ def _step_gradients(
 def _from_output(dout, y, projected, p: Parameters, shape: Shape, dtype, d) -> tuple[Tensor, Tensor, Tensor]:  # gradients of y, norm, out
     "The second projection and the norm backwards, which makes its output again on the way; the gate's gradient is written into d."
     gate, dgate, dout = _sides(projected, p)[0], _sides(d, p)[0], dout.to(dtype).flatten(0, -2)
-    dnormed, normed = matmul(dout, p.out.to(dtype)).view(y.shape), torch.empty(y.shape, dtype=dtype)
+    dnormed, normed = _input_gradient(dout, p.out).view(y.shape), torch.empty(y.shape, dtype=dtype)
     dy, dnorm = norm_backward(dnormed, y, gate, p.norm, shape.eps, shape.group, dgate, normed)
     return dy, dnorm, _weight_gradient(dout, normed.flatten(0, -2), p.out)
 

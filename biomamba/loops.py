@@ -332,18 +332,18 @@ def _largest(row):
 # %% ../nbs/06_loops.ipynb #e2ba748c
 @loop
 def entropy_loop(
-    logits,      # (n, V); with `formed` overwritten by their gradient
-    targets,     # (n)
-    scale,       # (n): the gradient that reaches each loss
-    formed,      # whether the gradient is wanted
-    losses,      # (n): out
+    logits, step, V,  # n rows of V; with `formed` overwritten by their gradient
+    targets,          # (n)
+    scale,            # (n): the gradient that reaches each loss
+    formed,           # whether the gradient is wanted
+    losses,           # (n): out
     part, first, last,
 ):
     "log Σ e^logits − the target's logit; the gradient is softmax minus one at the target."
     wide()
-    powers = np.empty(logits.shape[1], f32)
+    powers = np.empty(V, f32)
     for t in range(first, last):
-        row, aim, s = logits[t], targets[t], f32(0.0)
+        row, aim, s = logits[t * step:t * step + V], targets[t], f32(0.0)
         hit, most = read(row[aim]), _largest(row)
         for v in range(len(row)):
             powers[v] = exp(read(row[v]) - most)
