@@ -116,13 +116,10 @@ def _convolved(
 def _steps(
     dt: Tensor,     # (batch, T, H), as projected
     bias: Tensor,   # (H)
-    A: Tensor,      # (H)
     shape: Shape,
-) -> tuple[Tensor, Tensor]:  # Δ and Δ A, (rows, Q, G, R), fp32
-    "Step sizes and log decays."
-    dt = step_sizes(dt, bias, True, shape.limit)
-    steps, decays = (cut(v, shape.chunk).unflatten(-1, (shape.groups, -1)) for v in (dt, dt * A))
-    return steps, decays
+) -> Tensor:        # Δ, (rows, Q, G, R), fp32
+    "Step sizes."
+    return cut(step_sizes(dt, bias, True, shape.limit), shape.chunk).unflatten(-1, (shape.groups, -1))
 
 def _joined(
     v: Tensor,    # (rows, Q, ...)
@@ -156,12 +153,10 @@ def _from_output(dout, y, projected, p: Parameters, shape: Shape, dtype, d) -> t
     return dy, dnorm, _weight_gradient(dout, normed.flatten(0, -2), p.out)
 
 # %% ../nbs/06b_layer.ipynb #556e5a3f
-def _to_input(dy, projected, seq_idx, p: Parameters, shape: Shape, dtype, kept, d) -> tuple[Tensor, ...]:  # of conv_weight … D
+def _to_input(dy, projected, reach, steps, p: Parameters, shape: Shape, dtype, kept, d) -> tuple[Tensor, ...]:  # of conv_weight … D
     "Scan and convolution backwards; what reaches the first projection is written into d."
     (batch, T, _), (_, inputs, dt) = projected.shape, _sides(projected, p)
-    reach = reaches(seq_idx, (batch, T), p.conv_weight.shape[1])
     x, B, C = _convolved(inputs, p, shape, reach, dtype)
-    steps, _ = _steps(dt, p.dt_bias, p.A, shape)
     dchannels = x.new_empty(*x.shape[:2], inputs.shape[-1])
     width = (inputs.shape[-1] - dy.shape[-1]) // 2
     parts = [d.view(v.shape) for d, v in zip(dchannels.split([dy.shape[-1], width, width], -1), (x, B, C))]
@@ -181,22 +176,22 @@ class LoopMixer(torch.autograd.Function):
         ctx.shape, ctx.dtype, p, (batch, T, _) = shape, product_dtype(), Parameters(*parameters), projected.shape
         with torch.autocast("cpu", enabled=False):
             gate, inputs, dt = _sides(projected, p)
-            x, B, C = _convolved(inputs, p, shape, reaches(seq_idx, (batch, T), p.conv_weight.shape[1]), ctx.dtype)
-            steps, decays = _steps(dt, p.dt_bias, p.A, shape)
+            reach, steps = reaches(seq_idx, (batch, T), p.conv_weight.shape[1]), _steps(dt, p.dt_bias, shape)
+            x, B, C = _convolved(inputs, p, shape, reach, ctx.dtype)
             ids = None if seq_idx is None else cut(seq_idx, shape.chunk, last=True)
-            y, _, kept = scan_forward(x, steps, decays, B, C, p.D.view(steps.shape[2:]), None, ids, batch, ctx.dtype)
+            y, _, kept = scan_forward(x, steps, steps * p.A.view(steps.shape[2:]), B, C, p.D.view(steps.shape[2:]), None, ids, batch, ctx.dtype)
             y = _joined(y, batch, T)
-            ctx.save_for_backward(projected, seq_idx, y, *parameters, *kept)
+            ctx.save_for_backward(projected, reach, steps, y, *parameters, *kept)
             return product(norm_forward(y, gate, p.norm, shape.eps, shape.group, ctx.dtype), p.out, ctx.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        projected, seq_idx, y, *rest = ctx.saved_tensors  # read once, or recomputing activations fails
+        projected, reach, steps, y, *rest = ctx.saved_tensors  # read once, or recomputing activations fails
         p, kept, d = Parameters(*rest[:7]), Kept(*rest[7:]), torch.empty_like(projected)
         with torch.autocast("cpu", enabled=False):
             dy, dnorm, dweight = _from_output(dout, y, projected, p, ctx.shape, ctx.dtype, d)
-            return d, None, None, *_to_input(dy, projected, seq_idx, p, ctx.shape, ctx.dtype, kept, d), dnorm, dweight
+            return d, None, None, *_to_input(dy, projected, reach, steps, p, ctx.shape, ctx.dtype, kept, d), dnorm, dweight
 
 # %% ../nbs/06b_layer.ipynb #08731cda
 def fits_loops(

@@ -75,6 +75,7 @@ class Shared:
 
     def __init__(self, function: Callable, names: str, reals: str):
         self.function = function
+        self.names = {*names.split(), *reals.split()}
         self.record = np.dtype([(name, i64) for name in ("next", *names.split())] + [(name, np.float64) for name in reals.split()])
 
     @functools.cached_property
@@ -103,12 +104,11 @@ class Job:
         units: int,            # among which the threads share the work
         **fields: Any,         # all of the record's; of a tensor, its address
     ):
-        names = code.record.names or ()
-        missing, unknown = {*names} - {"next", *fields}, {*fields} - {*names}
+        names, missing = (code.record.names or ())[1:], code.names - fields.keys()
         if missing: raise TypeError(f"a job of {code.function.__name__} was not given {', '.join(sorted(missing))}; compiled code would read at address 0")
-        if unknown: raise TypeError(f"a job of {code.function.__name__} has no {', '.join(sorted(unknown))}, but {', '.join(names[1:])}")
-        given = {"next": 0} | {name: _address(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
-        self.record, self.units, self.kept = np.array([tuple(given[name] for name in names)], code.record), units, fields
+        if len(fields) > len(names): raise TypeError(f"a job of {code.function.__name__} has no {', '.join(sorted(fields.keys() - code.names))}, but {', '.join(names)}")
+        values = (_address(v) if isinstance(v, Tensor) else v for v in map(fields.get, names))
+        self.record, self.units, self.kept = np.array([(0, *values)], code.record), units, fields
         self.runtime: Any = _openmp()
         if self.runtime is None: raise RuntimeError("a Job takes PyTorch's threads, and they are not those of GNU's OpenMP")
         self.next, self.run = self.record.view(i64)[:1], self.runtime.GOMP_parallel

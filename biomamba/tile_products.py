@@ -8,7 +8,7 @@ __all__ = ['BYTES', 'DEPTH', 'HELD', 'LONG', 'lay_lines', 'lay_pairs', 'lay_squa
            'empty_rows', 'project', 'input_gradient', 'weight_gradient']
 
 # %% ../nbs/06_tile_products.ipynb #afdbddb5
-import ctypes
+import ctypes, functools
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +164,7 @@ def multiply_all(laid, held, inner, count, first, left, sums, y, y_step, whole, 
                 if k + deep == inner: put_sums(own, rows - 32 * r, columns - 32 * c, y + 32 * (r * y_step + c * (4 if whole else 2)), y_step, whole, on)
 
 # %% ../nbs/06_tile_products.ipynb #686e896b
-@shared("stream s_step s_whole s_rows s_columns s_paired laid held h_step h_whole h_rows h_columns h_paired h_turned "
+@shared("stream s_step s_whole s_rows s_columns s_paired s_turned laid held h_step h_whole h_rows h_columns h_paired h_turned "
         "across inner left y y_step y_whole y_on rows columns counter second bands blocks parts scratch room barrier")
 def product_by_tiles(p):
     "The streaming operand is laid out by all threads; of the other one, each thread holds some squares at a time."
@@ -176,7 +176,7 @@ def product_by_tiles(p):
     band = take(p)
     while band < j.bands:
         to = j.laid + (0 if j.s_paired else band * j.inner * BYTES)
-        lay(j.stream, j.s_step, j.s_rows, j.s_columns, j.s_whole, j.s_paired, False, band, band + 1, 0, (j.s_columns + 31) // 32, j.inner, spare, to)
+        lay(j.stream, j.s_step, j.s_rows, j.s_columns, j.s_whole, j.s_paired, j.s_turned, band, band + 1, 0, (j.s_columns + 31) // 32, j.inner, spare, to)
         band = take(p)
     _call(j.barrier, 0)
     u = ticket(j.second)
@@ -202,7 +202,7 @@ class Operand(NamedTuple):
     def fields(self, name: str) -> dict[str, Any]:
         "Its part of a job's record."
         m = self.matrix
-        return {f"{name}_step": m.stride(0) * m.itemsize, f"{name}_whole": m.dtype == torch.float32, f"{name}_rows": len(m), f"{name}_columns": m.shape[1], f"{name}_paired": self.paired}
+        return {f"{name}_step": m.stride(0) * m.itemsize, f"{name}_whole": m.dtype == torch.float32, f"{name}_rows": len(m), f"{name}_columns": m.shape[1], f"{name}_paired": self.paired, f"{name}_turned": self.turned}
 
 # %% ../nbs/06_tile_products.ipynb #a08e021e
 HELD = range(4, 9), 1 << 20  # squares across that a thread may hold in its second cache, and their bytes
@@ -213,20 +213,25 @@ def _across(blocks: int, inner: int) -> int:
     share = lambda n: -(-blocks // (n * threads)) * n
     return min((n for n in HELD[0] if n * inner * BYTES <= HELD[1] or n == HELD[0][0]), key=lambda n: (share(n), -n))
 
+@functools.cache
+def _barrier() -> int:  # where the threads' meeting stands
+    runtime = _openmp()
+    return (runtime and ctypes.cast(runtime.GOMP_barrier, ctypes.c_void_p).value) or 0
+
 def _aligned(t: Tensor) -> int:  # the first line of the cache in it
     return t.data_ptr() + -t.data_ptr() % 64
 
-def _multiplied(stream: Operand, held: Operand, left: bool, y: Tensor, on: bool = False) -> Tensor:  # y; left: whether the stream is the left side
+def _multiplied(left: Operand, right: Operand, y: Tensor, on: bool = False) -> Tensor:  # y
     keep_memory()
+    stream, held = (left, right) if left.matrix.numel() <= right.matrix.numel() else (right, left)
     inner, blocks, counters = stream.squares(True), held.squares(False), torch.zeros(2, dtype=torch.int64)
     across = _across(blocks, inner)
     room = 4096 + across * (inner * BYTES + 4096)
     laid, scratch = (torch.empty(size + 64, dtype=torch.uint8) for size in (stream.squares(False) * inner * BYTES, torch.get_num_threads() * room))
-    bands, parts, at, runtime = up(len(stream.matrix), 32) // 32, up(blocks, across) // across, counters.data_ptr(), _openmp()
-    barrier = ctypes.cast(runtime.GOMP_barrier, ctypes.c_void_p).value if runtime else 0
-    Job(product_by_tiles, max(bands, parts), stream=stream.matrix, **stream.fields("s"), laid=_aligned(laid), held=held.matrix, **held.fields("h"), h_turned=held.turned,
-        across=across, inner=inner, left=left, y=y, y_step=y.stride(0) * y.itemsize, y_whole=y.dtype == torch.float32, y_on=on, rows=len(y), columns=y.shape[1],
-        counter=at, second=at + 8, bands=bands, blocks=blocks, parts=parts, scratch=_aligned(scratch), room=room, barrier=barrier)()
+    bands, parts, at = up(len(stream.matrix), 32) // 32, up(blocks, across) // across, counters.data_ptr()
+    Job(product_by_tiles, max(bands, parts), stream=stream.matrix, **stream.fields("s"), laid=_aligned(laid), held=held.matrix, **held.fields("h"),
+        across=across, inner=inner, left=stream is left, y=y, y_step=y.stride(0) * y.itemsize, y_whole=y.dtype == torch.float32, y_on=on, rows=len(y), columns=y.shape[1],
+        counter=at, second=at + 8, bands=bands, blocks=blocks, parts=parts, scratch=_aligned(scratch), room=room, barrier=_barrier())()
     return y
 
 def _plain(t: Tensor) -> Tensor:  # as compiled code reads it
@@ -255,7 +260,7 @@ def project(
 ) -> Tensor:         # (rows, outputs), bf16
     "x Wᵀ."
     y = empty_rows(len(x), len(weight)) if out is None else out
-    return _multiplied(Operand(_plain(x), False), Operand(_plain(weight), False, True), True, y)
+    return _multiplied(Operand(_plain(x), False), Operand(_plain(weight), False, True), y)
 
 # %% ../nbs/06_tile_products.ipynb #82a1bbcd
 def _parts(length: int) -> list[slice]:
@@ -271,7 +276,7 @@ def input_gradient(
     "dY W."
     parts = _parts(len(weight))
     y = torch.empty(len(dy), weight.shape[1], dtype=dtype if len(parts) == 1 else torch.float32)
-    for k in parts: _multiplied(Operand(_plain(weight[k]), True), Operand(_plain(dy[:, k]), False), False, y, k.start > 0)
+    for k in parts: _multiplied(Operand(_plain(dy[:, k]), False), Operand(_plain(weight[k]), True), y, k.start > 0)
     return y.to(dtype)
 
 def weight_gradient(
@@ -282,5 +287,5 @@ def weight_gradient(
 ) -> Tensor:     # (outputs, inputs), fp32
     "dYᵀ X."
     y = torch.empty(dy.shape[1], x.shape[1]) if out is None else out
-    for k in _parts(len(dy)): _multiplied(Operand(_plain(x[k]), True), Operand(_plain(dy[k]), True, True), False, y, on or k.start > 0)
+    for k in _parts(len(dy)): _multiplied(Operand(_plain(dy[k]), True, True), Operand(_plain(x[k]), True), y, on or k.start > 0)
     return y
