@@ -240,8 +240,8 @@ def row_of_a_head(j, at, c, h, state, m, more):
     scaled_pairs(x, j.x_step, at.sent, Q * j.x_step, Q, F, P, at.none, at.x, at.x_sent)
     for low in range(0, F, 32):
         mix(at, start, m.product, Q, F, low)
-        multiply(at.M, 2 * F, at.x, 4 * P, at.own, 4 * P, 32, P, low + 32)
         multiply(m.one + 2 * low * N, 2 * N, pairs, 4 * P, at.far, 4 * P, 32, P, N)
+        multiply(at.M, 2 * F, at.x, 4 * P, at.own, 4 * P, 32, P, low + 32)
         join(at, x, j.x_step, D, Q, F, P, low, y, 2 * j.H * P)
     kept = j.before + 2 * ((c + 1) * j.H + h) * N * P if more else 0
     for n in range(0, N, 32):

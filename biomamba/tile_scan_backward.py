@@ -157,8 +157,8 @@ def row_back(j, at, c, h, state, m, dB, dC, new, ahead):
     for low in range(0, F, 32):
         multiply(at.x + 2 * low * P, 2 * P, at.dy_turned + 4 * low, 4 * F, at.V + 4 * low, 4 * F, 32, F - low, P)
         unmix(at, m.product, Q, F, low)
-        multiply(at.M + 2 * low, 2 * F, at.dy_pairs + 2 * low * P, 4 * P, at.own, 4 * P, 32, P, F - low)
         multiply(m.one + 2 * low * N, 2 * N, state + 4 * N * P, 4 * P, at.far, 4 * P, 32, P, N)
+        multiply(at.M + 2 * low, 2 * F, at.dy_pairs + 2 * low * P, 4 * P, at.own, 4 * P, 32, P, F - low)
         gone, skipped = join_back(at, D, Q, F, P, low, dx, j.dx_step)
         left, skip = left + gone, skip + skipped
         multiply(at.dy + 2 * low * P, 2 * P, at.before, 4 * N, at.wide, 4 * N, 32, N, P)
