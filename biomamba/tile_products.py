@@ -205,7 +205,7 @@ class Operand(NamedTuple):
         return {f"{name}_step": m.stride(0) * m.itemsize, f"{name}_whole": m.dtype == torch.float32, f"{name}_rows": len(m), f"{name}_columns": m.shape[1], f"{name}_paired": self.paired, f"{name}_turned": self.turned}
 
 # %% ../nbs/06_tile_products.ipynb #a08e021e
-HELD = range(4, 9), 1 << 20  # squares across that a thread may hold in its second cache, and their bytes
+HELD = range(4, 13), 1 << 20  # squares across that a thread may hold in its second cache, and their bytes
 
 def _across(blocks: int, inner: int) -> int:
     "How many squares a thread holds: as many as leave the threads the most even shares."
