@@ -109,8 +109,8 @@ def _meet(
 def _together(
     head: Head,
 ) -> list[slice]:  # blocks of rows
-    "The rows that have their logits at once: at most 1,024, and 128 MB of logits."
-    return _blocks(len(head.rows), max(128, min(1024, 2**27 // (len(head.weight) * head.rows.itemsize))))
+    "The rows that have their logits at once: at most 128 MB of logits, and 1,024 rows; by tiles, which read the head anew for each block, 1,536."
+    return _blocks(len(head.rows), max(128, min(1536 if head.turned is None else 1024, 2**27 // (len(head.weight) * head.rows.itemsize))))
 
 # %% ../nbs/06b_head.ipynb #74454037
 def _losses(

@@ -127,7 +127,7 @@ def copy_loop(
     for i in range(first, last): write(out, i, exp(read(x[i])) if through == 1 else sigmoid(read(x[i])) if through == 2 else read(x[i]))
 
 # %% ../nbs/06_loops.ipynb #9683185c
-KEPT, LARGEST = 1 << 30, 1 << 24  # bytes: of freed memory that stays with the process; of the largest block that does
+KEPT, LARGEST = 1 << 30, 1 << 25  # bytes: of freed memory that stays with the process; of the largest block that does
 
 @functools.cache
 def keep_memory() -> bool:  # whether glibc was told
