@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'prefill', 'packs', 'packed_linear', 'LayerWeights', 'layer_weights', 'Views', 'Memory', 'put_row',
-           'keep_rows', 'flush', 'Scratch', 'layer_step', 'heads_at_once', 'step_fields', 'LoopStep', 'Decoder',
-           'Batch']
+           'keep_rows', 'flush', 'Scratch', 'layer_step', 'heads_at_once', 'step_fields', 'layer_fields', 'LoopStep',
+           'Decoder', 'Batch']
 
 # %% ../nbs/06d_decoding.ipynb #23e98116
 import functools, math
@@ -303,6 +303,17 @@ def step_fields(
         decay=new(m.num_heads, WAITING + 1), mix=new(m.num_heads, WAITING), gated=new(m.intermediate_size), squares=new(m.num_heads),
         eps=width * m.layer_norm_epsilon, norm_eps=R * m.head_dim * m.norm.variance_epsilon, least=m.time_step_limit[0], most=m.time_step_limit[1])
 
+def layer_fields(
+    number: int, w: LayerWeights, memory: Memory,  # of a layer
+    streams: list[Tensor],  # two, (rows, width): what an even layer reads and an odd one leaves, and the other
+) -> dict[str, Any]:
+    "What all work of a layer is given beside that."
+    return dict(
+        hidden=streams[number % 2], onward=streams[(number + 1) % 2], phase=ALL, pieces=0,
+        ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
+        dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state,
+        bound=memory.bound, split=memory.rest is not None, rest=0 if memory.rest is None else memory.rest)
+
 # %% ../nbs/06d_decoding.ipynb #5f1e2a0a
 class LoopStep:
     "What one token of every row takes: places that all layers share, and every layer's work in its order."
@@ -317,20 +328,12 @@ class LoopStep:
         self.streams = [torch.zeros(rows, self.record["width"]) for _ in range(2)]  # what a layer reads, and what it leaves to the next
         self.layers = [self._work(i, w, memory) for i, (w, memory) in enumerate(zip(layers, memories))]
         self.head = head.job(self.record["narrow"], self.logits)
-        begin, norm = (short_job(code, rows, self._record(i, layers[0], memories[0])) for code, i in ((embed, 0), (enter, len(layers))))
+        begin, norm = (short_job(code, rows, self.record | layer_fields(i, layers[0], memories[0], self.streams)) for code, i in ((embed, 0), (enter, len(layers))))
         self.steps = [chain(begin, *(job for layer in self.layers for job in layer[k]), norm, self.head) for k in range(self.record["K"])]
-
-    def _record(self, number: int, w: LayerWeights, memory: Memory) -> dict[str, Any]:
-        "What all work of a layer is given."
-        return self.record | dict(
-            hidden=self.streams[number % 2], onward=self.streams[(number + 1) % 2], phase=ALL, pieces=0,
-            ring=memory.ring, ring_width=memory.ring.shape[2], taps=torch.stack(w.taps), conv_bias=w.conv_bias,
-            dt_bias=w.dt_bias, A=w.A, D=w.D, log=memory.log, x=memory.x, B=memory.B, state=memory.state,
-            bound=memory.bound, split=memory.rest is not None, rest=0 if memory.rest is None else memory.rest)
 
     def _work(self, number: int, w: LayerWeights, memory: Memory) -> list[list[Job]]:
         "A layer's work at each place of the ring."
-        r = self._record(number, w, memory)
+        r = self.record | layer_fields(number, w, memory, self.streams)
         begin, rest = short_job(enter, r["rows"], r), [*phases(r), cast(Product, w.out_proj).job(r["wide"], r["added"])]
         return [[begin, cast(Product, w.in_proj).job(r["narrow"], slot), *rest] for slot in memory.ring]
 

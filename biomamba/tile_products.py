@@ -195,9 +195,11 @@ class Operand(NamedTuple):
     paired: bool          # whether the inner axis is that of its rows
     turned: bool = False  # whether its squares are transposed
 
-    def squares(self, inner: bool) -> int:
-        "How many squares it has along the inner axis, or across."
-        return up(self.matrix.shape[inner != self.paired], 32) // 32
+    def size(self, inner: bool) -> int:
+        "How many numbers it has along the inner axis, or across."
+        return self.matrix.shape[inner != self.paired]
+
+    def squares(self, inner: bool) -> int: return up(self.size(inner), 32) // 32
 
     def fields(self, name: str) -> dict[str, Any]:
         "Its part of a job's record."
@@ -221,8 +223,16 @@ def _barrier() -> int:  # where the threads' meeting stands
 def _aligned(t: Tensor) -> int:  # the first line of the cache in it
     return t.data_ptr() + -t.data_ptr() % 64
 
+def _check(left: Operand, right: Operand, y: Tensor) -> None:
+    "Compiled code would read on where a side ends, and take any dtype for bf16."
+    if left.size(True) != right.size(True) or y.shape != (left.size(False), right.size(False)):
+        raise ValueError(f"sides of {left.size(False)} × {left.size(True)} and {right.size(True)} × {right.size(False)} numbers were given for a product of shape {tuple(y.shape)}")
+    wrong = {v.dtype for v in (left.matrix, right.matrix, y)} - {torch.float32, torch.bfloat16}
+    if wrong: raise TypeError(f"tiles multiply fp32 and bf16; {', '.join(map(str, wrong))} was given")
+
 def _multiplied(left: Operand, right: Operand, y: Tensor, on: bool = False) -> Tensor:  # y
     keep_memory()
+    _check(left, right, y)
     stream, held = (left, right) if left.matrix.numel() <= right.matrix.numel() else (right, left)
     inner, blocks, counters = stream.squares(True), held.squares(False), torch.zeros(2, dtype=torch.int64)
     across = _across(blocks, inner)
