@@ -116,7 +116,7 @@ def rounded(
     context: Any,  # numba's, which knows the processor
     x: Lanes,
 ) -> Any:          # the bits of bf16
-    "fp32 as bf16."
+    "fp32 as bf16; with whole numbers where the processor has no instruction for it: LLVM would call a function that no library here has."
     b, half, word = x.builder, side_by_side(HALF, x.n), lambda v: all_of(WORD, x.n, v)
     if "+avx512bf16" in features(context): return b.bitcast(b.fptrunc(x.value, side_by_side(_BF16(), x.n)), half)
     even = b.and_(b.lshr(x.bits(), word(16)), word(1))

@@ -16,9 +16,11 @@ from typing import Any
 from llvmlite import ir
 from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage] the public name of carray
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 
+from .lanes import Lanes as Values, rounded
 from .loops import MATH
 from .products import _F32, _I8, _I32, _I64, _LINE, _SUMS, BLOCK, _at, _everywhere, _prefetch, inline
 
@@ -70,15 +72,9 @@ for _name, _kind in ((add, "fadd"), (sub, "fsub"), (mul, "fmul")): _operator(_na
 # %% ../nbs/06_registers.ipynb #5ca1a005
 _HALF, _HALVES = ir.IntType(16), ir.VectorType(ir.IntType(16), BLOCK)
 
-class _BF16(ir.Type):
-    "LLVM's bf16, which llvmlite has no name for."
-    def _to_string(self): return "bfloat"
-    def __eq__(self, other): return isinstance(other, _BF16)
-    def __hash__(self): return hash(_BF16)
-
 def _bits(n: int): return ir.Constant(_LINE, [n] * BLOCK)
 def _widened(b, h): return b.bitcast(b.shl(b.zext(h, _LINE), _bits(16)), _SUMS)
-def _rounded(b, v): return b.bitcast(b.fptrunc(v, ir.VectorType(_BF16(), BLOCK)), _HALVES)
+def _rounded(b, v): return rounded(cpu_target.target_context, Values(b, v))
 def _paired(b, u, v): return b.or_(b.zext(u, _LINE), b.shl(b.zext(v, _LINE), _bits(16)))
 
 # %% ../nbs/06_registers.ipynb #5ca1a006

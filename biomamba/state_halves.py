@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from torch import Tensor
 
+from .lanes import features
 from .products import _F32, _I32, _I64, BLOCK, _at, _everywhere, _prefetch, in_llvm
 
 # %% ../nbs/06_state_halves.ipynb #dcb6bea4
@@ -53,8 +54,8 @@ def joined(
 
 # %% ../nbs/06_state_halves.ipynb #44431398
 def reads_halves() -> bool:
-    "Whether this processor converts half precision by itself."
-    return bool(get_host_cpu_features().get("f16c", False))
+    "Whether the processor that is compiled for converts half precision by itself."
+    return "+f16c" in features(cpu_target.target_context)
 
 def _kinds(many):
     "fp16, and 16 bits, 32 bits and fp32 of as many numbers; 1: no vector."
