@@ -67,7 +67,7 @@ def _add_weight_gradient(
     "Add a block's gradient of the head; on a CPU some thousand words at a time, so that what is rounded to bf16 stays in the cache."
     turned = transposed(h, p.dtype) if _turns(p.dtype, dw) else None
     for v in _blocks(len(dw), len(dw) if p.is_cuda else 4096):
-        if turned is not None: add_transposed(dw[v], turned @ p[:, v], first)
+        if turned is not None: add_transposed(dw[v], matmul(turned, p[:, v]), first)
         elif first: dw[v] = p[:, v].T @ h
         else: dw[v] += p[:, v].T @ h
 
@@ -85,7 +85,7 @@ class Head(NamedTuple):
     def logits(self, k: slice, room: Tensor) -> Tensor:
         "Of some rows, in the beginning of a room."
         h, out = self.rows[k], room[:len(self.rows[k])]
-        return project(h, self.weight, out) if self.turned is None else torch.mm(h, self.turned, out=out)
+        return project(h, self.weight, out) if self.turned is None else matmul(h, self.turned, out)
 
     def add_gradients(self, p: Tensor, k: slice, dh: Tensor, dw: Tensor) -> None:
         "From those of some rows' logits: the rows' own, and the head's, which is added to what is there from earlier rows."

@@ -43,10 +43,10 @@ def _weight_gradient(
     x: Tensor,          # (rows, inputs), the same dtype
     weight: Tensor,     # (outputs, inputs)
 ) -> Tensor:            # as the weight
-    "dYᵀ X; where oneDNN multiplies bf16, dY is turned first."
+    "dYᵀ X; dY in bf16 is turned first."
     if fits_products(dy): return weight_gradient(dy, x).to(weight.dtype)
     turns = x.dtype == torch.bfloat16 and by_loops(x)
-    return ((transposed(dy, dy.dtype) if turns else dy.T) @ x).to(weight.dtype)
+    return matmul(transposed(dy, dy.dtype) if turns else dy.T, x).to(weight.dtype)
 
 def product_backward(
     dy: Tensor,                # (..., outputs)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MATH', 'ROOMS', 'KEEP', 'SOURCES', 'inline', 'f32', 'u16', 'in_llvm', 'KEPT', 'LARGEST', 'PARTS', 'LOOP',
            'of_these_sources', 'loop', 'wide', 'read', 'write', 'exp', 'sigmoid', 'over_root', 'copy_loop',
-           'keep_memory', 'team', 'parts_of', 'spread', 'by_loops', 'product_dtype', 'numbers', 'copied', 'rows',
-           'addresses', 'entropy_loop']
+           'keep_memory', 'team', 'parts_of', 'spread', 'by_loops', 'product_dtype', 'multiplies_bf16', 'numbers',
+           'copied', 'rows', 'addresses', 'entropy_loop']
 
 # %% ../nbs/06_loops.ipynb #0e26ee1d
 import ctypes, functools, hashlib, os, pkgutil, platform, sys
@@ -286,6 +286,11 @@ def by_loops(
 def product_dtype() -> torch.dtype:
     "Of a layer's products on a processor: bf16 under autocast to it, else fp32."
     return torch.bfloat16 if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 else torch.float32
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    "Whether this processor has instructions for products of bf16, and oneDNN is there to use them."
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def numbers(
     t: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .conv import document_before, document_starts, starts_before
-from .loops import by_loops, copied, numbers, parts_of, product_dtype, rows, spread
+from .loops import by_loops, copied, multiplies_bf16, numbers, parts_of, product_dtype, rows, spread
 from .scan_loops import dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop, pass_loop, scale_loop
 from .tile_scan import fits_tiles, tile_forward
 from .tile_scan_backward import tile_backward
@@ -365,7 +365,7 @@ class Kept(NamedTuple):
     "What the gradient needs beside the inputs."
     s: Tensor                     # (rows, H, Q)
     start: Tensor                 # (rows, Q): where a token's document starts; by tiles as `starts_before` has it
-    before: Tensor                # (rows, G, N, R · P): the state before each row, in the dtype of the products; by tiles (rows, H, N, P)
+    before: Tensor                # (rows, G, N, R · P): the state before each row, in the dtype that was asked for; by tiles (rows, H, N, P)
     arrive: Tensor | None = None  # (rows, Q, G, R); this and the next two as in `Decays`, by tiles not kept
     leave: Tensor | None = None   # (rows, Q, G, R)
     carry: Tensor | None = None   # (rows, G, R)
@@ -381,22 +381,21 @@ def scan_forward(
     initial: Tensor | None,  # (batch, G, N, R, P)
     seq_idx: Tensor | None,  # (rows, Q)
     batch: int,              # sequences
-    dtype: torch.dtype,      # of the products: fp32 or bf16
+    dtype: torch.dtype,      # of the products: fp32, or bf16 where the processor multiplies it
 ) -> tuple[Tensor, Tensor, Kept]:  # outputs as x, in that dtype; last state as `initial`, fp32
     "The four steps by loops, or by tiles."
     if fits_tiles(x, B, C, dtype):
         begun = starts_before(seq_idx, x.shape[:2], batch)
         y, last, s, before = tile_forward(x, dt, a, B, C, D, begun, initial, batch)
         return y, last, Kept(s, begun, before)
-    s = a.cumsum(1)
-    start, d = document_starts(seq_idx, s.shape[:2]), decays(s, seq_idx, batch)
-    s = s.flatten(2).transpose(1, 2).contiguous()
-    heads, wide = _layouts(x, dt, dt * d.leave, dtype)
+    s, start, kind = a.cumsum(1), document_starts(seq_idx, x.shape[:2]), dtype if multiplies_bf16() else torch.float32
+    d, s = decays(s, seq_idx, batch), s.flatten(2).transpose(1, 2).contiguous()
+    heads, wide = _layouts(x, dt, dt * d.leave, kind)
     own = _mixed(heads, s, start, _products(C, B))
-    before, last = _pass(_by_group(B, dtype).mT @ wide, d.carry, initial, batch)
-    far, y = _by_group(C, dtype) @ before, x.new_empty(x.shape, dtype=dtype)
+    before, last = _pass(_by_group(B, kind).mT @ wide, d.carry, initial, batch)
+    far, y = _by_group(C, kind) @ before, x.new_empty(x.shape, dtype=dtype)
     spread(join_loop, len(x), numbers(own), numbers(far), _by_token(d.arrive), *rows(x.flatten(2)), copied(D.flatten()), numbers(y.flatten(2).flatten(0, 1)))
-    return y, last, Kept(s, start, before, *d)
+    return y, last, Kept(s, start, before.to(dtype), *d)
 
 # %% ../nbs/06a_ssd.ipynb #b38b25e0
 def _join_backward(own, u, far, kept, dt, D, x, dy, dx, ds) -> tuple[Tensor, Tensor, Tensor]:  # gradients of Δ, of each row's last s, and of D
@@ -421,18 +420,19 @@ def scan_backward(
     dx: Tensor, dB: Tensor, dC: Tensor,  # as x, B and C, their tokens may stand apart: the gradients; out
 ) -> tuple[Tensor, ...]:   # gradients of dt, Δ A, D and the initial state
     "The four steps backwards, as they were taken."
-    if kept.arrive is None: return tile_backward(x, dt, B, C, D, kept.start, kept.s, kept.before, batch, dy.to(x.dtype), last, dx, dB, dC)
-    assert kept.leave is not None and kept.carry is not None
-    dtype, real = kept.before.dtype, torch.float32
+    if kept.arrive is None or kept.leave is None or kept.carry is None:
+        return tile_backward(x, dt, B, C, D, kept.start, kept.s, kept.before, batch, dy.to(x.dtype), last, dx, dB, dC)
+    before = kept.before if multiplies_bf16() else kept.before.float()
+    dtype, real = before.dtype, torch.float32
     xdt, leaving = _layouts(x, dt, dt * kept.leave, dtype)
     heads, arrived = _layouts(dy, torch.ones_like(dt), kept.arrive, dtype)
     after, first = _pass(_by_group(C, dtype).mT @ arrived, kept.carry, last, batch, back=True)
     own, dG, ds = _mixed_backward(heads, xdt, kept.s, kept.start, _products(C, B))
     dB.copy_(((leaving @ after.mT).to(real) + dG.mT @ _by_group(C, real)).transpose(1, 2))
-    dC.copy_(((arrived @ kept.before.mT).to(real) + dG @ _by_group(B, real)).transpose(1, 2))
-    u, far = _by_group(B, dtype) @ after, _by_group(C, dtype) @ kept.before
+    dC.copy_(((arrived @ before.mT).to(real) + dG @ _by_group(B, real)).transpose(1, 2))
+    u, far = _by_group(B, dtype) @ after, _by_group(C, dtype) @ before
     xu, left, dD = _join_backward(own, u, far, kept, dt, D, x, dy, dx, ds)
-    ds[:, :, -1] += left + (kept.carry * _dot(kept.before, after, x)).flatten(1)
+    ds[:, :, -1] += left + (kept.carry * _dot(before, after, x)).flatten(1)
     da = ds.flip(2).cumsum(2).flip(2).transpose(1, 2).reshape(dt.shape)
     return xu, da, dD, first
 

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biomamba import mamba2
+from biomamba import head as head_room
+from biomamba import layer as layer_room
+from biomamba import mamba2, ssd, transpose
 from biomamba.conv import causal_conv
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.layer import LoopMixer, Parameters, Projection, Shape, fits_loops
@@ -57,8 +59,17 @@ def test_a_layer_by_loops_is_its_parts(batch, length, groups, heads, chunk, limi
     assert apart(gradients(LoopMixer.apply, ids, shape, tensors), gradients(by_parts, ids, shape, [v.double() for v in tensors])) < 1e-3
 
 
+def without_bf16(monkeypatch):
+    "As on a processor that has no instructions for bf16."
+    for room in (layer_room, head_room): monkeypatch.setattr(room, "fits_products", lambda x: False)
+    monkeypatch.setattr(ssd, "fits_tiles", lambda *_: False)
+    for room in (ssd, transpose): monkeypatch.setattr(room, "multiplies_bf16", lambda: False)
+
+
+@pytest.mark.parametrize("plain", (False, True))
 @pytest.mark.parametrize(("length", "documents"), ((300, 1), (300, 3), (131, 2)))
-def test_under_autocast_no_gradient_is_worse_than_its_rounding(length, documents):
+def test_under_autocast_no_gradient_is_worse_than_its_rounding(length, documents, plain, monkeypatch):
+    if plain: without_bf16(monkeypatch)
     g, shape = torch.Generator().manual_seed(1), Shape(1, 8, (0.0, float("inf")), 1e-5, 64)
     tensors, ids = a_layer(g, length=length, heads=8, state=16), (torch.arange(length) * documents // length).int().expand(2, -1)
     with torch.autocast("cpu", torch.bfloat16): rounded = gradients(LoopMixer.apply, ids, shape, tensors)
@@ -111,6 +122,35 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other():
     some, all_ = gradients_of(frozen), gradients_of(("nothing",))
     assert all((some[name] is None) == name.endswith(frozen) for name in some)
     assert all(torch.equal(some[name], all_[name]) for name in some if some[name] is not None)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 90), inner=st.integers(0, 70), columns=st.integers(0, 60), strip=st.sampled_from((1, 300, 2**22)), turned=st.booleans(), seed=st.integers(0, 99))
+def test_by_way_of_fp32_a_product_is_rounded_once(rows, inner, columns, strip, turned, seed):
+    "Whatever the strips: small whole numbers, of which every sum is exact, so that only the last rounding is left."
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-9, 10, size, generator=g).bfloat16() for size in ((rows, inner), (columns, inner) if turned else (inner, columns)))
+    if turned: b = b.T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transpose, "multiplies_bf16", lambda: False)
+        patch.setattr(transpose, "STRIP", strip)
+        out = torch.full((rows, columns), torch.nan, dtype=torch.bfloat16)
+        assert torch.equal(matmul(a, b, out), (a.double() @ b.double()).bfloat16()) and torch.equal(matmul(a, b), out)
+
+
+def test_a_model_without_bf16_instructions_takes_the_step_that_others_take(monkeypatch):
+    "Loss and gradients under autocast, against fp32 and as far from it as with the instructions."
+    model, ids = new_model(mamba2_config(recipe("tiny", d_model=64, layers=2, vocabulary=512), 512), 0), torch.arange(2 * 700).view(2, 700) % 512
+    def step(**cast):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, **cast): loss = model(input_ids=ids, targets=ids.roll(-1, 1)).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    exact, here = step(enabled=False), step()
+    without_bf16(monkeypatch)
+    there = step()
+    assert apart(there, exact) < 0.03 and apart(there, here) < 0.03
+    assert any(not torch.equal(u, v) for u, v in zip(there, exact, strict=True))  # bf16 it is
 
 
 @pytest.mark.parametrize("rows", (640, 641, 1025, 1535, 1536))
