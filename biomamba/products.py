@@ -16,12 +16,13 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import carray, cfunc, types  # pyright: ignore[reportPrivateImportUsage] the public name of carray
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .lanes import features
 from .loops import KEEP, MATH, _openmp, by_loops, inline, of_these_sources
 
 # %% ../nbs/06_products.ipynb #f752b311
@@ -281,8 +282,8 @@ def by_vectors(p):
 # %% ../nbs/06_products.ipynb #50d0d609
 @functools.cache
 def tiles() -> bool:
-    "Whether this processor multiplies tiles of bf16, and may."
-    return get_host_cpu_features().get("amx-bf16", False) and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    "Whether the processor that is compiled for multiplies tiles of bf16, and this process may."
+    return "+amx-bf16" in features(cpu_target.target_context) and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 def _shapes(b, streams, rows):
     "What tiles hold: 64 bytes a line; those of weights 16 lines, the others a line for each row."

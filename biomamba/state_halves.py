@@ -57,6 +57,11 @@ def reads_halves() -> bool:
     "Whether the processor that is compiled for converts half precision by itself."
     return "+f16c" in features(cpu_target.target_context)
 
+def _nowhere(context, b):
+    "In the place of code that no such processor comes to; LLVM would call conversions there that no library here has."
+    b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.trap"), [])
+    return context.get_dummy_value()
+
 def _kinds(many):
     "fp16, and 16 bits, 32 bits and fp32 of as many numbers; 1: no vector."
     return [kind if many == 1 else ir.VectorType(kind, many) for kind in (ir.HalfType(), ir.IntType(16), _I32, _F32)]
@@ -78,6 +83,7 @@ def _shared_out(b, columns, widths, work):
 PARTS = 4  # of a head's rows, side by side
 
 def _rows_summed(context, b, signature, args):
+    if not reads_halves(): return _nowhere(context, b)
     y, upper, w, rows, columns = args
     size, part = b.mul(b.mul(rows, columns), _I64(2)), b.sdiv(rows, _I64(PARTS))
     def work(many, first):
@@ -144,6 +150,7 @@ def tokens_added(
 ) -> Callable:  # (upper, rest, a, x, bytes from token to token, w (rows, J), rows, columns, c): addresses, but a and c: fp32
     "c (a y + Σ w x), in the place of y, whose rows stand in halves; in compiled code."
     def build(context, b, signature, args):
+        if not reads_halves(): return _nowhere(context, b)
         upper, rest, a, x, apart, w, rows, columns, c = args
         size = b.mul(b.mul(rows, columns), _I64(2))
         def work(many, first):

@@ -114,6 +114,13 @@ def test_measurements_alternate_after_a_warm_up():
     assert "".join(said) == "ABABAB" and values == {"A": [3, 5], "B": [4, 6]}
 
 
+def test_what_takes_long_is_not_repeated(monkeypatch):
+    seconds, said = iter([0.0, 1.0, 1.0, 200.0, 200.0, 201.0]), []  # the warm-ups of A, B and C
+    monkeypatch.setattr(harness.time, "perf_counter", seconds.__next__)
+    values = harness.alternate({name: (lambda name=name: said.append(name) or len(said)) for name in "ABC"}, quick=False, rounds=2)
+    assert "".join(said) == "ABCACAC" and values == {"A": [4, 6], "B": [2], "C": [5, 7]}
+
+
 def test_a_row_has_a_process_of_its_own():
     assert harness.fresh("harness:identity") != harness.identity() == harness.fresh("harness:identity", here=True)
     with pytest.raises(SystemExit, match="harness:measure .* ended with code 1"): harness.fresh("harness:measure", function="medline:missing", arguments={})

@@ -1,4 +1,9 @@
 """Products with few rows are held to fp64, and their digits depend neither on the threads nor on the rows beside them; the loops between them to PyTorch's."""
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -217,3 +222,43 @@ def test_a_job_wants_all_of_its_record():
     fields = dict.fromkeys(FIELDS.split(), 0)
     with pytest.raises(TypeError, match="was not given weight"): Job(by_vectors, 1, **{k: v for k, v in fields.items() if k != "weight"})
     with pytest.raises(TypeError, match="has no weigth, but half, weight"): Job(by_vectors, 1, **fields, weigth=0)
+
+
+# ---------------------------------------------------------------- other processors
+
+ANY = """
+import torch
+from biomamba.decoding import Decoder
+from biomamba.lanes import features
+from biomamba.mamba2 import mamba2_config, new_model
+from biomamba.recipe import recipe
+from biomamba.registers import load, piece, store_half
+from numba.core.registry import cpu_target
+for name in ("avx", "fma", "f16c"): assert "+" + name not in features(cpu_target.target_context), name
+
+@piece
+def rounded(x, y): store_half(y, load(x))
+
+x, y = torch.randn(16), torch.empty(16, dtype=torch.bfloat16)
+rounded(x.data_ptr(), y.data_ptr())
+assert torch.equal(y, x.bfloat16())
+
+model, ids = new_model(mamba2_config(recipe("tiny", d_model=32, layers=1, state=16, head_dim=16, vocabulary=100), 100), 0), torch.arange(2, 22)[None]
+with torch.autocast("cpu", torch.bfloat16): model(input_ids=ids, targets=ids).loss.backward()
+assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+with torch.no_grad(): whole = model.eval()(input_ids=ids).logits[0]
+for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+    decoder = Decoder(model, dtype)
+    batch = decoder.batch(1)
+    steps = torch.cat([decoder.step(batch, t).float() for t in ids.T])
+    assert decoder.by_loops and (steps - whole).square().mean().sqrt() < close * whole.std(), dtype
+print("all of it")
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instructions are x86's")
+def test_compiled_code_asks_for_nothing_that_a_processor_may_lack():
+    "LLVM turns what an instruction is missing for into a call, and where no library has the function, the process ends."
+    plain = os.environ | {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", ANY], env=plain, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "all of it\n"), (done.returncode, done.stderr[-2000:])
