@@ -128,13 +128,18 @@ def add_transposed(
     _turn(x, out, not first)
 
 # %% ../nbs/06_transpose.ipynb #ec296e80
-STRIP = 2**22  # numbers of the right side that are widened at once, 16 MB
+STRIP = 2**22  # numbers of a side that are widened at once, 16 MB
 
 def _widened_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    "The product in fp32, rounded into `out`."
-    a, step = a.float(), max(1, STRIP // max(1, len(b)))
-    for k in range(0, b.shape[1], step): out[:, k:k + step] = a @ b[:, k:k + step].float()
-    return out
+    "The product in fp32, rounded into `out`: some columns at a time, or where the inner axis is longer some of that."
+    inner, columns = b.shape
+    if inner <= columns:
+        a, step = a.float(), max(1, STRIP // max(1, inner))
+        for k in range(0, columns, step): out[:, k:k + step] = a @ b[:, k:k + step].float()
+        return out
+    total, step = torch.zeros(out.shape), max(1, STRIP // max(1, len(a), columns))
+    for k in range(0, inner, step): total.addmm_(a[:, k:k + step].float(), b[k:k + step].float())
+    return out.copy_(total)
 
 def matmul(
     a: Tensor,  # (rows, inner)
