@@ -142,7 +142,15 @@ def benchmarks() -> str:
     return page(RESULTS) + (f"\n\n![Seconds of a training step against the length of the row](../../{picture})\n" if (ROOT / picture).exists() else "")
 
 
-COMPUTED = {"<!-- findings -->": findings, "<!-- benchmarks -->": benchmarks}  # what stands for what in a page
+def benchmarks_avx2() -> str:
+    "The same of a processor without bf16 instructions, as far as it was measured."
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.harness import RESULTS
+    from benchmarks.table import page
+    return page(RESULTS.with_name("results-avx2.json"), measured=True)
+
+
+COMPUTED = {"<!-- findings -->": findings, "<!-- benchmarks -->": benchmarks, "<!-- benchmarks avx2 -->": benchmarks_avx2}  # what stands for what in a page
 
 
 def pages(symbols: dict[str, str]) -> None:

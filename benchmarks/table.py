@@ -112,9 +112,11 @@ def grid(
 
 def page(
     path: Path = RESULTS,
+    measured: bool = False,  # only rows that were
 ) -> str:
     "results.json as a Markdown table."
-    return grid(read_results(path))._repr_markdown_()
+    results = read_results(path)
+    return grid(results, tuple(row for row in LIST if row.name in results["rows"] or not measured))._repr_markdown_()
 
 
 def length_title(
