@@ -137,7 +137,7 @@ def _widened_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         a, step = a.float(), max(1, STRIP // max(1, inner))
         for k in range(0, columns, step): out[:, k:k + step] = a @ b[:, k:k + step].float()
         return out
-    total, step = torch.zeros(out.shape), max(1, STRIP // max(1, len(a), columns))
+    total, step = a.new_zeros(out.shape, dtype=torch.float32), max(1, STRIP // max(1, len(a), columns))
     for k in range(0, inner, step): total.addmm_(a[:, k:k + step].float(), b[k:k + step].float())
     return out.copy_(total)
 
