@@ -186,6 +186,13 @@ def test_the_table_shows_every_line_and_hides_no_failure():
     assert "A CPU, 2 cores, 2 threads, avx2; Python 3.11, torch 2, transformers 5, tokenizers 1" in grid.caption and "commit 0123456789" in grid.caption and "r: 0.25 TFLOP/s" in grid.caption
 
 
+def test_other_machines_results_are_of_rows_that_there_are():
+    results = harness.read_results(harness.RESULTS.with_name("results-avx2.json"))
+    assert results["rows"] and set(results["rows"]) <= set(ROWS)
+    for name, found in results["rows"].items():
+        assert not found["quick"] and not harness.BF16 & set(results["machines"][found["machine"]]["flags"]), name
+
+
 def test_a_page_of_what_was_measured_leaves_the_rest_out(tmp_path):
     some = harness.with_row({"machines": {}, "rows": {}}, "fill", entry({"packed": [98.0]}) | {"machine": harness.machine()})
     harness.save_results(some, tmp_path / "some.json")
