@@ -1,6 +1,6 @@
 """Measure rows of the benchmark, or show what was measured.
 
-    python -m benchmarks                      every row; about a quarter of an hour on two cores, twice that where stock's bf16 has no instructions
+    python -m benchmarks                      every row; about a quarter of an hour on two cores, longer where stock's bf16 has no instructions
     python -m benchmarks step-fp32 tokenizing these rows; the others keep their results
     python -m benchmarks --show               the table of what is stored, nothing measured
     python -m benchmarks --quick              a smoke run of tiny sizes, which writes nothing unless --results names a file
