@@ -22,7 +22,7 @@ from .transpose import add_transposed, matmul, transposed
 def _blocks(
     rows: int,     # positions that are scored
     most: int,     # in one block
-) -> list[slice]:  # blocks of nearly the same length
+) -> list[slice]:  # blocks of the same length, but for the last
     "Cut rows into blocks."
     step = max(1, -(-rows // max(1, -(-rows // most))))
     return [slice(i, i + step) for i in range(0, rows, step)]
@@ -47,7 +47,9 @@ def _block_loss(
 
 # %% ../nbs/06b_head.ipynb #6e81f14a
 def _block_loss_by_loops(logits, targets, scale) -> Tensor:
-    "The same on a processor."
+    "The same on a processor; raises IndexError where a target is no word, for which compiled code would read and write elsewhere."
+    least, most = targets.aminmax()
+    if least < 0 or most >= logits.shape[1]: raise IndexError(f"targets from {least} to {most} were given; the vocabulary has the ids 0 to {logits.shape[1] - 1}, and -100 is not scored")
     losses = torch.empty(len(logits))
     reaching = losses if scale is None else scale.flatten()
     spread(entropy_loop, len(logits), *rows(logits), logits.shape[1], *map(numbers, (targets, reaching)), scale is not None, numbers(losses))
@@ -59,7 +61,7 @@ def _turns(dtype: torch.dtype, t: Tensor) -> bool:  # dtype of the products, and
 
 # %% ../nbs/06b_head.ipynb #09df50bc
 def _add_weight_gradient(
-    dw: Tensor,     # (V, width), in the weight's dtype
+    dw: Tensor,     # (V, width), at least fp32
     p: Tensor,      # gradient of the logits, (rows, V)
     h: Tensor,      # (rows, width), the same dtype
     first: bool,    # whether dw holds nothing yet
@@ -130,16 +132,16 @@ def _losses_and_gradients(
     scale: Tensor,           # gradient that reaches each row's loss, (rows, 1)
     dtype: torch.dtype,      # of the products
 ) -> tuple[Tensor, Tensor, Tensor]:  # losses (rows), gradients of hidden and weight
-    "Block by block; the gradients of the head are summed in the weight's own dtype."
-    head = _meet(hidden, weight, dtype)
+    "Block by block; the gradients of the head are summed in fp32 at least, and rounded once to the weight's dtype."
+    head, real = _meet(hidden, weight, dtype), torch.promote_types(weight.dtype, torch.float32)
     blocks = _together(head)
-    losses, dh, dw = [], torch.empty_like(hidden), torch.empty_like(weight) if blocks else torch.zeros_like(weight)
+    losses, dh, dw = [], torch.empty_like(hidden), (torch.empty_like if blocks else torch.zeros_like)(weight, dtype=real)
     room = head.room(blocks[0].stop if blocks else 0)  # one for all blocks
     for k in blocks:
         p = head.logits(k, room)
         losses.append(_block_loss(p, targets[k], scale[k]))
         head.add_gradients(p, k, dh, dw)
-    return torch.cat(losses) if losses else hidden.new_empty(0), dh, dw
+    return torch.cat(losses) if losses else hidden.new_empty(0), dh, dw.to(weight.dtype)
 
 # %% ../nbs/06b_head.ipynb #4543295f
 class Owed:

@@ -46,12 +46,12 @@ COLUMNS = [column[0][1] for column in _places]  # that the stages end with
 in_llvm: Any = intrinsic  # whose first argument is the compiler's, which a type checker does not know
 
 def _row(context, b, start, i) -> Any:
-    "32 bits of bf16, of bf16 or fp32."
+    "32 numbers as the bits of bf16, from bf16 or fp32."
     if start.type.pointee != HALF: return rounded(context, load(b, start, i, SIDE))
     return b.load(b.bitcast(b.gep(start, [i]), side_by_side(HALF, SIDE).as_pointer()), align=2)
 
 def _put_column(context, b, v, start, i, add) -> None:
-    "32 bits of bf16 into bf16, or stored or added as fp32."
+    "The bits of 32 numbers into a row of bf16, or stored or added as fp32."
     if start.type.pointee == HALF: return b.store(v, b.bitcast(b.gep(start, [i]), v.type.as_pointer()), align=2)
     with b.if_else(add) as (then, otherwise):
         with then: store(context, load(b, start, i, SIDE) + widened(b, v), start, i)
@@ -124,7 +124,8 @@ def add_transposed(
     x: Tensor,     # (rows, columns), bf16, on a processor
     first: bool,   # whether out holds nothing yet
 ) -> None:
-    "out += xᵀ."
+    "out += xᵀ; raises TypeError where out is not fp32, whose sums alone the loop adds to."
+    if out.dtype != torch.float32: raise TypeError(f"out is {out.dtype}; a transpose is added to fp32")
     _turn(x, out, not first)
 
 # %% ../nbs/06_transpose.ipynb #ec296e80

@@ -48,6 +48,30 @@ def test_by_tiles_on_its_side_and_upright_the_head_gives_the_same(monkeypatch, r
         assert all((v - c).norm() < 0.01 * c.norm() for v in found)
 
 
+@pytest.mark.parametrize("rows", (40, 1500, 2500))
+@pytest.mark.parametrize("kind", (torch.bfloat16, torch.float32))
+def test_weights_in_any_dtype_get_the_gradient_of_every_block(rows, kind):
+    "Of bf16 weights only the last block's was left once."
+    g = torch.Generator().manual_seed(rows)
+    h, w = torch.randn(rows, 48, generator=g).to(kind).requires_grad_(), torch.randn(4201, 48, generator=g).mul(0.1).to(kind).requires_grad_()
+    targets = torch.randint(0, 4201, (rows,), generator=g)
+    found = torch.autograd.grad(head_loss(h, w, targets), (h, w))
+    exact = [v.detach().double().requires_grad_() for v in (h, w)]
+    for v, c in zip(found, torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, targets), exact), strict=True):
+        assert v.dtype == kind and (v - c).norm() < (0.01 if kind == torch.bfloat16 else 1e-5) * c.norm()
+
+
+def test_a_transpose_is_added_to_fp32_alone():
+    with pytest.raises(TypeError, match="bfloat16"): add_transposed(torch.zeros(3, 2).bfloat16(), torch.ones(2, 3).bfloat16(), first=False)
+
+
+@pytest.mark.parametrize("target", (-1, 50, 1 << 40))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_target_that_is_no_word_is_refused(target, reduction):
+    h, w = torch.randn(3, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    with pytest.raises(IndexError, match=f"{target}.*0 to 49"): head_loss(h, w, torch.tensor([-100, target, target]), reduction)
+
+
 def a_model(**options) -> tuple[nn.Module, torch.Tensor]:
     return new_model(mamba2_config(recipe("tiny", d_model=32, layers=2, vocabulary=300, **options)), seed=0), torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1))
 
