@@ -151,8 +151,8 @@ def _local(
     if inside is None and folder.is_dir():
         raise UserError(f"{name} holds neither a model of transformers nor one of mamba-ssm: there is no config.json in it or in {name}/model")
     if inside is None and (str(name).startswith((".", "/", "~")) or str(name).count("/") != 1):
-        known = [*SCALES, "tiny"]
-        raise UserError(f"there is no folder {name}{did_you_mean(name, known)}; a model is a folder, a scale ({', '.join(SCALES)}) or a hub name such as state-spaces/mamba2-130m")
+        if name == "tiny": raise UserError("tiny is a recipe without a published checkpoint; new_model(mamba2_config(recipe('tiny')), seed=0) makes a model of it, and a run of it is loaded by its folder")
+        raise UserError(f"there is no folder {name}{did_you_mean(name, SCALES)}; a model is a folder, a scale ({', '.join(SCALES)}) or a hub name such as state-spaces/mamba2-130m")
     return inside
 
 # %% ../nbs/06c_checkpoints.ipynb #3e4034f3
@@ -170,9 +170,9 @@ def hub_snapshot(
             if any(next(folder.glob(pattern), None) for pattern in wanted): return folder
             reason = f"it holds none of {', '.join(wanted)}"
         except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as e:
-            if not local: reason = f"the hub did not give it ({str(e).strip().splitlines()[0]})"
+            if not local: reason = f"the hub did not give it ({(str(e).strip().splitlines() or [type(e).__name__])[0]})"
     raise UserError(f"{name}{f' at revision {revision}' if revision else ''} could not be had: {reason}; "
-                    "name a local folder as `model`, or take scale tiny, which needs no download")
+                    "name a local folder as `model`, or train at scale tiny, which needs no download")
 
 # %% ../nbs/06c_checkpoints.ipynb #1d3ca96e
 def find_checkpoint(
@@ -191,10 +191,11 @@ def find_checkpoint(
 @contextlib.contextmanager
 def _reading(
     file: Path,
+    missing: str = "though the folder's index names it",  # why it should be there
 ):
     "What can be wrong with a file, each as one sentence."
     try: yield
-    except FileNotFoundError: raise UserError(f"{file} is missing, though the folder's index names it") from None
+    except FileNotFoundError: raise UserError(f"{file} is missing, {missing}") from None
     except SafetensorError as e: raise UserError(f"{file} is damaged or cut short ({e}); fetch or copy it again") from None
     except PermissionError as e: raise UserError(f"{file} may not be read ({e.strerror}); a file that you may open is needed") from None
     except pickle.UnpicklingError as e:
@@ -207,7 +208,7 @@ def _json(
     file: Path,
 ) -> dict:
     "A file that holds one JSON object."
-    with _reading(file): text = file.read_bytes()
+    with _reading(file, "and a model's folder holds one"): text = file.read_bytes()
     try: found = json.loads(text)
     except ValueError as e: raise UserError(f"{file} is not JSON ({e})") from None
     if not isinstance(found, dict): raise UserError(f"{file} holds a JSON {type(found).__name__}; an object with names and values is needed")

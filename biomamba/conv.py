@@ -136,7 +136,7 @@ def starts_before(
     shape: Sequence[int],    # (rows, Q)
     batch: int,              # sequences
 ) -> Tensor:                 # (rows, Q), int32
-    "Where in its row each token's document starts; −1 where it goes on from the row before, or is the first."
+    "Where in its row each token's document starts; −1 where it goes on from the row before, or is document 0 at a sequence's start, to which an initial state belongs."
     if seq_idx is None: return torch.full(tuple(shape), -1, dtype=torch.int32)
     start = document_starts(seq_idx, shape)
     return torch.where((start == 0) & (seq_idx[:, :1] == document_before(seq_idx, batch)), -1, start)
@@ -217,8 +217,8 @@ def causal_conv(
     seq_idx: Tensor | None = None,  # (batch, T), number of the document
     window: Tensor | None = None,   # (batch, K - 1, channels): inputs before the first, of document 0; not differentiated
 ) -> Tensor:                        # (batch, T, channels), at least fp32; by loops under autocast bf16
-    "Depthwise causal convolution and SiLU that never looks across a document's start."
-    assert window is None or seq_idx is None, "a row that goes on from a window holds one document"
+    "Depthwise causal convolution and SiLU that never looks across a document's start; raises ValueError where a window and `seq_idx` are given."
+    if window is not None and seq_idx is not None: raise ValueError("a window and seq_idx were given together; a row that goes on from a window holds one document")
     dtype = torch.promote_types(x.dtype, torch.float32)
     real = lambda v: None if v is None else v.to(dtype)
     if by_loops(x): return _conv_by_loops(x, weight.to(dtype), real(bias), seq_idx, real(window))

@@ -25,16 +25,21 @@ from .state_halves import LARGE, SMALL, reads_halves, split
 from .token_loops import ALL, WAITING, embed, enter, phases, short_job
 
 # %% ../nbs/06d_decoding.ipynb #f4f915f2
+def _dtype_of(model: BioMambaForCausalLM, dtype: torch.dtype | None) -> torch.dtype:
+    "Of the products; raises UserError for one in which autocast would not compute, but leave the weights' own."
+    if dtype in (None, model.dtype, torch.bfloat16, torch.float16): return dtype or model.dtype
+    raise UserError(f"products in {dtype} were asked of a model in {model.dtype}; it computes in its own dtype, in bfloat16 or in float16; load it in {dtype}")
+
 @torch.no_grad()
 def prefill(
     model: BioMambaForCausalLM,
     input_ids: Tensor,   # (rows, T), every row whole: no padding
     chunk: int = 1024,   # tokens read at a time; the memory needed grows with it, and only with it
-    dtype: torch.dtype | None = None,  # of the matrix products; None: the weights'
+    dtype: torch.dtype | None = None,  # of the matrix products: float16, bfloat16; None: the weights'
 ) -> tuple[Tensor, object]:  # logits after the last token (rows, V) fp32; transformers' cache
     "Read prompts of one length and any length."
     if not input_ids.shape[1]: raise UserError("a prompt of no tokens was given; generation needs at least one token to go on from")
-    cache, dtype, kind = None, dtype or model.dtype, model.device.type
+    cache, dtype, kind = None, _dtype_of(model, dtype), model.device.type
     with torch.autocast(kind, dtype, enabled=dtype != model.dtype):
         for piece in input_ids.to(model.device).split(chunk, 1):
             out = model(piece, cache_params=cache, use_cache=True, logits_to_keep=1)
@@ -352,9 +357,9 @@ class Decoder:
 
     def __init__(
         self, model: BioMambaForCausalLM,
-        dtype: torch.dtype | None = None,  # of the matrix products: float32, bfloat16; None: the weights'
+        dtype: torch.dtype | None = None,  # of the matrix products: float16, bfloat16; None: the weights'
     ):
-        self.model, self.dtype, backbone = model, dtype or model.dtype, model.backbone
+        self.model, self.dtype, backbone = model, _dtype_of(model, dtype), model.backbone
         if WAITING % model.config.conv_kernel: raise UserError(f"the convolution has {model.config.conv_kernel} taps; a decoder takes a number that divides {WAITING}")
         with torch.no_grad():
             self.layers = [layer_weights(block, self.dtype) for block in backbone.layers]

@@ -43,7 +43,7 @@ def options_from(
     unknown = next((name for name in given if name not in names), None)
     if unknown: raise UserError(f"there is no option {unknown}{did_you_mean(unknown, names)}; generation takes {', '.join(names)}")
     if isinstance(given.get("stop"), str): given = given | {"stop": (given["stop"],)}
-    asked: dict[str, Any] = given | {"stop": tuple(given.get("stop", ()))}
+    asked: dict[str, Any] = given | {"stop": tuple(given.get("stop") or ())}
     o = Options(**asked)
     if o.max_new_tokens < 1: raise UserError(f"max_new_tokens is {o.max_new_tokens}; it must be at least 1")
     if o.batch_size < 1: raise UserError(f"batch_size is {o.batch_size}; it must be at least 1")

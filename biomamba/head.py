@@ -219,13 +219,14 @@ def head_loss(
     reduction: str = "mean",  # "mean", "sum", or "none": one loss a position, 0 where not scored
     embeddings: Tensor | None = None,  # both of `look_up`: of all tokens,
     owed: Owed | None = None,          # and what carries the weight's gradient there
+    items: int | None = None,          # over which the mean is taken; None: as many as are scored
 ) -> Tensor:                  # fp32
     "Cross-entropy of the head's logits, which are never whole."
     if reduction not in ("mean", "sum", "none"): raise UserError(f"reduction is {reduction!r}; it must be mean, sum or none")
     scored, kind = targets.flatten() != -100, hidden.device.type
     rows, aims = hidden.flatten(0, -2)[scored], targets.flatten()[scored]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    scale = None if reduction == "none" else 1 / max(1, len(aims)) if reduction == "mean" else 1.0
+    scale = None if reduction == "none" else 1 / max(1, items or len(aims)) if reduction == "mean" else 1.0
     formed = scale if torch.is_grad_enabled() else None
     with torch.autocast(kind, enabled=False): losses = HeadLoss.apply(rows, weight, aims, dtype, formed, embeddings, owed)
     if scale is not None: return losses if formed is not None else losses.sum() * scale

@@ -82,7 +82,7 @@ class Shape(NamedTuple):
     chunk: int = 64             # longest chunk of the scan, tokens
 
 class Parameters(NamedTuple):
-    "A layer's, in fp32, but for the first projection."
+    "A layer's, all in fp32; the first projection's weight is not among them."
     conv_weight: Tensor         # (channels, K)
     conv_bias: Tensor           # (channels)
     dt_bias: Tensor             # (H)

@@ -280,7 +280,7 @@ def spread(
 def by_loops(
     x: Tensor,
 ) -> bool:
-    "Whether the loops are meant for a tensor: fp32 or bf16, on a processor, with numbers in it, and not being traced."
+    "Whether the loops are meant for a tensor: a plain one or a parameter, of fp32 or bf16, on a processor, and not being traced."
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 def product_dtype() -> torch.dtype:

@@ -479,10 +479,10 @@ def cut(
 ) -> Tensor:            # (rows, Q, ...): the chunks of all sequences, of the same length
     "A sequence cut into chunks; a view where nothing has to be added."
     T = v.shape[1]
-    chunks = -(-T // longest)
-    Q = -(-T // chunks)
+    chunks = max(1, -(-T // longest))
+    Q = max(1, -(-T // chunks))
     if chunks * Q > T:
-        more = v[:, -1:] if last else v.new_zeros(v.shape[0], 1, *v.shape[2:])
+        more = v[:, -1:] if last and T else v.new_zeros(v.shape[0], 1, *v.shape[2:])
         v = torch.cat([v, more.expand(-1, chunks * Q - T, *v.shape[2:])], 1)
     return v.reshape(-1, Q, *v.shape[2:])
 

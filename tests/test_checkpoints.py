@@ -491,6 +491,8 @@ def test_a_snapshot_in_the_cache_is_found_offline(monkeypatch, tmp_path, ssm):
 
 def test_unknown_names_are_told_what_exists(tmp_path):
     with pytest.raises(UserError, match="did you mean '130m'"): find_checkpoint("130M")
+    with pytest.raises(UserError, match="tiny is a recipe without a published checkpoint"): find_checkpoint("tiny")
+    with pytest.raises(UserError, match="config.json is missing, and a model's folder holds one"): read_config(tmp_path)
     with pytest.raises(UserError, match="there is no folder"): find_checkpoint(tmp_path / "nothing")
 
 

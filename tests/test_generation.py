@@ -446,6 +446,14 @@ def test_bad_input(tokenizer):
     for prompts, options, says in bad:
         with pytest.raises(UserError, match=says): generate(model, tokenizer, prompts, **options)
     assert generate(model, tokenizer, []) == []
+    assert generate(model, tokenizer, ["a"], max_new_tokens=3, stop=None) == generate(model, tokenizer, ["a"], max_new_tokens=3)
+
+
+def test_products_in_a_dtype_that_autocast_has_not_are_refused():
+    model, ids = small().bfloat16(), torch.tensor([text(5)])
+    for work in (lambda: prefill(model, ids, dtype=torch.float32), lambda: Decoder(model, torch.float32), lambda: prefill(model, ids, dtype=torch.float64)):
+        with pytest.raises(UserError, match="load it in torch.float"): work()
+    assert prefill(model, ids, dtype=torch.bfloat16)[0].isfinite().all()
 
 
 def test_a_text_is_preceded_by_end_of_text(tokenizer):

@@ -72,6 +72,14 @@ def test_a_target_that_is_no_word_is_refused(target, reduction):
     with pytest.raises(IndexError, match=f"{target}.*0 to 49"): head_loss(h, w, torch.tensor([-100, target, target]), reduction)
 
 
+def test_the_mean_is_over_as_many_as_are_said():
+    g = torch.Generator().manual_seed(0)
+    h, w, targets = torch.randn(5, 8, generator=g, requires_grad=True), torch.randn(50, 8, generator=g, requires_grad=True), torch.tensor([3, -100, 4, 9, 49])
+    whole, part = head_loss(h, w, targets), head_loss(h, w, targets, items=10)
+    torch.testing.assert_close(part, whole * 0.4)
+    for a, b in zip(torch.autograd.grad(part, (h, w)), torch.autograd.grad(whole, (h, w)), strict=True): torch.testing.assert_close(a, b * 0.4)
+
+
 def a_model(**options) -> tuple[nn.Module, torch.Tensor]:
     return new_model(mamba2_config(recipe("tiny", d_model=32, layers=2, vocabulary=300, **options)), seed=0), torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1))
 

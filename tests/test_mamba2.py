@@ -98,6 +98,32 @@ def test_targets_are_aligned_and_labels_are_shifted():
     with pytest.raises(UserError, match="mean, sum or none"): model(ids, targets=targets, reduction="max")
 
 
+@pytest.mark.parametrize("autocast", (False, True))
+def test_batches_whose_gradients_add_up_are_one_batch(autocast):
+    "What transformers' Trainer asks of a model with num_items_in_batch."
+    model, ids = small().train(), text(rows=3)
+    labels = ids.clone()
+    labels[0, :40], labels[2, 5:] = -100, -100
+    items = (labels[:, 1:] != -100).sum()
+    gradients = lambda losses: torch.autograd.grad(sum(losses), list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole, parts = model(ids, labels=labels).loss, [model(ids[k], labels=labels[k], num_items_in_batch=items).loss for k in (slice(0, 1), slice(1, 3))]
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-3 if autocast else 1e-5, atol=0)
+        for a, b in zip(gradients(parts), gradients([whole]), strict=True): assert (a - b).norm() < (0.02 if autocast else 1e-5) * b.norm()
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=7).loss, stock_of(model)(ids, labels=labels, num_items_in_batch=7).loss, rtol=1e-5, atol=0)
+
+
+def test_what_would_be_dropped_without_a_word_is_refused():
+    model, ids = small(), text()
+    for name, value, says in (("target", ids, "did you mean 'targets'"), ("position_ids", ids, "told apart by seq_idx"), ("output_attentions", True, "output_attentions")):
+        with pytest.raises(TypeError, match=says): model(ids, **{name: value})
+    one = torch.zeros_like(ids)
+    expected = model(ids).logits
+    for more in (dict(output_attentions=None), dict(output_attentions=False), dict(seq_idx=one, position_ids=ids, cu_seq_lens_q=ids, max_length_q=9)):
+        torch.testing.assert_close(model(ids, **more).logits, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="window and seq_idx"): model(ids[:, :3], cache_params=model(ids, use_cache=True).cache_params, seq_idx=one[:, :3])
+
+
 @pytest.mark.parametrize("rows,vocabulary,reduction", [(1, 5, "mean"), (700, 300, "sum"), (3000, 40, "mean"), (257, 33, "none")])
 def test_loss_equals_cross_entropy(rows, vocabulary, reduction):
     g = torch.Generator().manual_seed(rows)

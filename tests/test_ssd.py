@@ -144,6 +144,17 @@ def test_step_sizes():
     close(step_sizes(dt), dt.clamp(min=0))  # mamba-ssm limits the step size to at least 0 by default
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_no_tokens_leave_the_state_as_it_was(dtype):
+    t = {k: v.to(dtype).requires_grad_() for k, v in tensors(0, 2, 0, 2, 3, 4, 5).items()}
+    before = torch.randn(2, 6, 4, 5, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    for ids in (None, torch.zeros(2, 0, dtype=torch.int32)):
+        y, state = chunk_scan(**t, initial_states=before, seq_idx=ids, return_final_states=True)
+        assert y.shape == (2, 0, 6, 4) and y.dtype == dtype and torch.equal(state, before)
+        *none, back = torch.autograd.grad(y.sum() + state.sum(), [*t.values(), before], materialize_grads=True)
+        assert torch.equal(back, torch.ones_like(before)) and all((v == 0).all() for v in none)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 99), batch=st.integers(1, 2), T=st.integers(1, 30), taps=st.integers(1, 5))
