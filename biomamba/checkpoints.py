@@ -7,8 +7,8 @@ __all__ = ['logger', 'SSM_DEFAULTS', 'SSM_NAMES', 'SSM_FIXED', 'FILES', 'TOKENIZ
            'PROBE_TOLERANCE', 'config_from_state_spaces', 'config_to_state_spaces', 'from_state_spaces',
            'to_state_spaces', 'hub_snapshot', 'find_checkpoint', 'read_config', 'weight_files', 'read_tensors',
            'described', 'check_tensors', 'check_dtypes', 'check_finite', 'check_checkpoint', 'read_weights',
-           'load_model', 'generation_config', 'shape_of', 'check_shape', 'load_tokenizer', 'save_model', 'probe_logits',
-           'stock_logits', 'check_parity', 'parity']
+           'empty_model', 'load_model', 'generation_config', 'read_generation_config', 'shape_of', 'check_shape',
+           'load_tokenizer', 'save_model', 'probe_logits', 'stock_logits', 'check_parity', 'parity']
 
 # %% ../nbs/06c_checkpoints.ipynb #baadaf56
 import contextlib, json, logging, os, pickle, zipfile
@@ -63,7 +63,8 @@ def _describing(
 ):
     "A configuration whose values make no model, as one sentence."
     try: yield
-    except (StrictDataclassError, TypeError, AttributeError, ZeroDivisionError) as e:
+    except UserError: raise
+    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError, ValueError, LookupError, RuntimeError, OSError) as e:
         raise UserError(f"{where} describes no Mamba-2: {' '.join(str(e).split())}") from None
 
 # %% ../nbs/06c_checkpoints.ipynb #56b9e500
@@ -92,6 +93,7 @@ def config_to_state_spaces(
     "transformers' configuration in mamba-ssm's words, where it has words for it."
     for name, fixed in SSM_FIXED.items():
         value = getattr(config, name)
+        if name == "hidden_act" and value == "swish": continue  # transformers' other name of silu
         if (tuple(value) if isinstance(fixed, tuple) else value) != fixed:
             raise UserError(f"the configuration has {name} = {value!r}, which the format of mamba-ssm cannot say; {fixed!r} is accepted")
     rows = config.vocab_size
@@ -147,7 +149,7 @@ def _local(
     "The folder of that name, or the `model/` in it."
     folder = resolve(name)
     try: inside = next((p for p in (folder, folder / "model") if (p / "config.json").is_file()), None)
-    except PermissionError as e: raise UserError(f"{name} may not be read ({e.strerror}); a folder that you may open is needed") from None
+    except OSError as e: raise UserError(f"{name} may not be read ({e.strerror}); a folder that you may open is needed") from None
     if inside is None and folder.is_dir():
         raise UserError(f"{name} holds neither a model of transformers nor one of mamba-ssm: there is no config.json in it or in {name}/model")
     if inside is None and (str(name).startswith((".", "/", "~")) or str(name).count("/") != 1):
@@ -210,7 +212,7 @@ def _json(
     "A file that holds one JSON object."
     with _reading(file, "and a model's folder holds one"): text = file.read_bytes()
     try: found = json.loads(text)
-    except ValueError as e: raise UserError(f"{file} is not JSON ({e})") from None
+    except (ValueError, RecursionError) as e: raise UserError(f"{file} is not JSON ({e})") from None
     if not isinstance(found, dict): raise UserError(f"{file} holds a JSON {type(found).__name__}; an object with names and values is needed")
     return found
 
@@ -232,13 +234,13 @@ def weight_files(
 ) -> list[Path]:  # safetensors, or one pickle
     "The files that hold a folder's weights."
     index, single, pickled = (folder / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"))
-    found = next((file for file in (index, single, pickled) if file.is_file()), None)
+    found = next((file for file in (single, index, pickled) if file.is_file()), None)  # stock transformers' order: an index may be that of an earlier model
     if found is None: raise UserError(f"{folder} holds a configuration but no weights: neither model.safetensors nor pytorch_model.bin")
     if found != index: return [found]
     parts = _json(index).get("weight_map")
     if not isinstance(parts, dict): raise UserError(f"{index} is no index of safetensors: it has no weight_map of tensors and their files")
-    outside = next((name for name in parts.values() if Path(str(name)).name != name), None)
-    if outside: raise UserError(f"{index} names {outside!r}, which is not a file in that folder")
+    outside = [name for name in parts.values() if not isinstance(name, str) or name in ("", "..") or Path(name).name != name]
+    if outside: raise UserError(f"{index} names {outside[0]!r}, which is not a file in that folder")
     return [folder / name for name in sorted(set(parts.values()))]
 
 # %% ../nbs/06c_checkpoints.ipynb #6f9bba98
@@ -253,7 +255,10 @@ def _mapped(
         file.open("rb").close()  # safetensors calls a forbidden file a missing one
         if file.suffix == ".safetensors": return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    if isinstance(tensors, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()): return dict(tensors)
+    if isinstance(tensors, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
+        odd = next((k for k, v in tensors.items() if v.layout != torch.strided or v.is_quantized or v.is_nested or v.is_meta), None)
+        if odd: raise UserError(f"{file} holds {odd} as a tensor that is sparse, quantized, nested or without its numbers; plain ones are needed")
+        return dict(tensors)
     raise UserError(f"{file} is a pickle, but not of a model's tensors by name; a file that holds its state_dict and nothing else is needed")
 
 # %% ../nbs/06c_checkpoints.ipynb #bc0221eb
@@ -345,6 +350,15 @@ def read_weights(
         yield _name_here(name), v
 
 # %% ../nbs/06c_checkpoints.ipynb #26197c9a
+def empty_model(
+    config: Mamba2Config,
+    folder: Path,   # that the configuration is of
+) -> BioMambaForCausalLM:  # on the meta device
+    "A model of a configuration, without weights; a UserError where it has more layers than the folder has tensors, or makes no model."
+    layers, tensors = config.num_hidden_layers, len(described(folder))
+    if layers > tensors: raise UserError(f"{folder} has a configuration of {layers:,} layers, and weights of {tensors:,} tensors; they belong to different models")
+    with _describing(folder), torch.device("meta"): return BioMambaForCausalLM(config)
+
 def load_model(
     name_or_path: str | os.PathLike,        # a folder, a run folder, a scale or a hub name
     revision: str | None = None,            # on the hub: branch, tag or commit
@@ -352,15 +366,15 @@ def load_model(
     probe: bool = False,                    # compare with stock transformers, which takes a second copy of the model in fp32
 ) -> BioMambaForCausalLM:                   # on the CPU, in evaluation mode
     "A model from either format, checked tensor by tensor."
+    if dtype not in DTYPES: raise UserError(f"dtype is {dtype!r}; {', '.join(map(str, DTYPES))} are accepted")
     folder = find_checkpoint(name_or_path, revision)
     config, _ = read_config(folder)
-    with torch.device("meta"): model = BioMambaForCausalLM(config)
+    model = empty_model(config, folder)
     check_checkpoint(folder, model)
     model.load_state_dict({k: v.to(dtype, copy=True) for k, v in read_weights(folder, config.tie_word_embeddings)}, assign=True, strict=False)
     model.tie_weights()
     model.requires_grad_(True).config.dtype = dtype
-    if (folder / "generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
-    else: model.generation_config = generation_config(config)
+    model.generation_config = read_generation_config(folder, config)
     if reason := restricted(folder): model.config.restricted = reason; stop_telemetry()
     if probe: logger.info("probe: %s and stock transformers differ by %.1e of the largest logit", folder, parity(model, folder))
     return model.eval()
@@ -373,6 +387,17 @@ def generation_config(
     entries = getattr(config, "tokenizer_entries", None) or config.vocab_size
     return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,
                             suppress_tokens=list(range(entries, config.vocab_size)) or None)
+
+def read_generation_config(
+    folder: Path,
+    config: Mamba2Config,
+) -> GenerationConfig:
+    "A folder's own, or the one above."
+    file = folder / "generation_config.json"
+    if not file.is_file(): return generation_config(config)
+    try: return GenerationConfig.from_dict(_json(file))
+    except UserError: raise
+    except (TypeError, ValueError, AttributeError) as e: raise UserError(f"{file} says nothing that generation could follow: {' '.join(str(e).split())}") from None
 
 # %% ../nbs/06c_checkpoints.ipynb #7cae006a
 def _tokenizer_file(
@@ -412,6 +437,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     "The tokenizer of a model: end of text is id 0, padding id 1, padding on the left."
     file = _tokenizer_file(name_or_path, revision)
+    if not isinstance(_json(file).get("model"), dict): raise UserError(f"{file} is no tokenizer of the tokenizers library: it has no model")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>", bos_token="<|endoftext|>",
                                         pad_token="<|padding|>", unk_token="<|endoftext|>", padding_side="left", clean_up_tokenization_spaces=False)
     if (tokenizer.eos_token_id, tokenizer.pad_token_id) != (EOS, PAD):
@@ -427,6 +453,7 @@ def save_model(
     "Write a folder that stock transformers loads."
     entries, rows = len(tokenizer), model.config.vocab_size
     if entries > rows: raise UserError(f"the tokenizer has {entries:,} entries, the model's vocabulary only {rows:,} rows; they belong to different models")
+    if resolve(folder).is_file(): raise UserError(f"{folder} is a file; a folder to write is needed")
     model.config.tokenizer_entries = entries
     model.generation_config = generation_config(model.config)
     reason = all_reasons(getattr(model.config, "restricted", None), restricted(resolve(folder).parent))

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 from transformers import Mamba2Config
 
-from .checkpoints import (check_checkpoint, check_dtypes, check_parity, config_to_state_spaces, find_checkpoint, generation_config, load_model,
-                                  logger, probe_logits, read_config, read_weights, stock_logits, to_state_spaces)
-from .mamba2 import BioMambaForCausalLM
+from .checkpoints import (check_checkpoint, check_dtypes, check_parity, config_to_state_spaces, empty_model, find_checkpoint, generation_config,
+                                  load_model, logger, probe_logits, read_config, read_weights, stock_logits, to_state_spaces)
 from .runs import UserError, folder_atomic, inherit_mark, progress, resolve, restricted
 
 # %% ../nbs/06e_conversion.ipynb #27d75bcc
@@ -158,7 +157,7 @@ def convert(
     source, destination = find_checkpoint(source, revision), resolve(destination)
     if destination.exists(): raise UserError(f"{destination} exists already; name a new folder")
     config, _ = read_config(source)
-    with torch.device("meta"): found = check_checkpoint(source, BioMambaForCausalLM(config))
+    found = check_checkpoint(source, empty_model(config, source))
     _check_room(destination, sum(v.nbytes for v in found.values()))
     try:
         with folder_atomic(destination) as inside:

@@ -8,7 +8,7 @@ __all__ = ['LEAST', 'prefill', 'packs', 'packed_linear', 'LayerWeights', 'layer_
            'Decoder', 'Batch']
 
 # %% ../nbs/06d_decoding.ipynb #23e98116
-import functools, math
+import contextlib, functools, math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +28,16 @@ from .token_loops import ALL, WAITING, embed, enter, phases, short_job
 def _dtype_of(model: BioMambaForCausalLM, dtype: torch.dtype | None) -> torch.dtype:
     "Of the products; raises UserError for one in which autocast would not compute, but leave the weights' own."
     if dtype in (None, model.dtype, torch.bfloat16, torch.float16): return dtype or model.dtype
-    raise UserError(f"products in {dtype} were asked of a model in {model.dtype}; it computes in its own dtype, in bfloat16 or in float16; load it in {dtype}")
+    raise UserError(f"products in {dtype!r} were asked of a model in {model.dtype}; it computes in its own dtype, in torch.bfloat16 or in torch.float16, and can be loaded in another")
+
+@contextlib.contextmanager
+def _with_state(model: BioMambaForCausalLM):
+    "For the length of a block, layers that recompute activations carry their state on; in training mode transformers drops it."
+    layers = [layer for layer in cast(Any, model.backbone.layers) if layer.training and getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers: layer.gradient_checkpointing = False
+    try: yield
+    finally:
+        for layer in layers: layer.gradient_checkpointing = True
 
 @torch.no_grad()
 def prefill(
@@ -40,7 +49,7 @@ def prefill(
     "Read prompts of one length and any length."
     if not input_ids.shape[1]: raise UserError("a prompt of no tokens was given; generation needs at least one token to go on from")
     cache, dtype, kind = None, _dtype_of(model, dtype), model.device.type
-    with torch.autocast(kind, dtype, enabled=dtype != model.dtype):
+    with torch.autocast(kind, dtype, enabled=dtype != model.dtype), _with_state(model):
         for piece in input_ids.to(model.device).split(chunk, 1):
             out = model(piece, cache_params=cache, use_cache=True, logits_to_keep=1)
             cache = out.cache_params

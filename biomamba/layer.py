@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from .conv import conv_backward, conv_forward, reaches
-from .loops import by_loops, product_dtype
+from .chunks import cut, reaches
+from .conv import conv_backward, conv_forward
+from .loops import by_loops, differentiable_once, product_dtype, untouched
 from .norm import norm_backward, norm_forward
-from .ssd import Kept, cut, scan_backward, scan_forward, step_sizes
+from .ssd import Kept, scan_backward, scan_forward, step_sizes
 from .tile_products import fits_products, input_gradient, project, weight_gradient
 from .transpose import matmul, transposed
 
@@ -66,7 +66,7 @@ class Projection(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False): return product(x, weight, ctx.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False): return product_backward(dy, x, weight, ctx.dtype)
@@ -185,7 +185,7 @@ class LoopMixer(torch.autograd.Function):
             return product(norm_forward(y, gate, p.norm, shape.eps, shape.group, ctx.dtype), p.out, ctx.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         projected, reach, steps, y, *rest = ctx.saved_tensors  # read once, or recomputing activations fails
         p, kept, d = Parameters(*rest[:7]), Kept(*rest[7:]), torch.empty_like(projected)
@@ -199,7 +199,7 @@ def fits_loops(
     hidden: Tensor,    # its input
 ) -> bool:
     "Whether a layer is one that the loops compute whole: on a processor, in fp32, its projections without bias and without hooks."
-    plain = lambda v: type(v) is nn.Linear and v.bias is None and not (v._forward_hooks or v._forward_pre_hooks or v._backward_hooks)
+    plain = lambda v: type(v) is nn.Linear and v.bias is None and untouched(v)
     return plain(mixer.in_proj) and plain(mixer.out_proj) and by_loops(hidden) and all(by_loops(p) and p.dtype == torch.float32 for p in mixer.parameters())
 
 def mix_by_loops(

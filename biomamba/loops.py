@@ -6,7 +6,7 @@
 __all__ = ['MATH', 'ROOMS', 'KEEP', 'SOURCES', 'inline', 'f32', 'u16', 'in_llvm', 'KEPT', 'LARGEST', 'PARTS', 'LOOP',
            'of_these_sources', 'loop', 'wide', 'read', 'write', 'exp', 'sigmoid', 'over_root', 'copy_loop',
            'keep_memory', 'team', 'parts_of', 'spread', 'by_loops', 'product_dtype', 'multiplies_bf16', 'numbers',
-           'copied', 'rows', 'addresses', 'entropy_loop']
+           'copied', 'rows', 'differentiable_once', 'untouched', 'addresses', 'entropy_loop']
 
 # %% ../nbs/06_loops.ipynb #0e26ee1d
 import ctypes, functools, hashlib, os, pkgutil, platform, sys
@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic, overload
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .lanes import I64, WORD, Lanes, exponential, over_sigmoid, rounded, widened
 
@@ -314,6 +315,26 @@ def rows(
     if r.stride(1) != 1: r = r.contiguous()
     step = r.stride(0) if len(r) > 1 else r.shape[1]
     return numbers(torch.as_strided(r, ((len(r) - 1) * step + r.shape[1],), (1,))), step
+
+# %% ../nbs/06_loops.ipynb #c0a1b012
+def differentiable_once(
+    backward: Callable,  # of an autograd function
+) -> Callable:
+    "A gradient that has none of its own; raises RuntimeError where one is asked for with `create_graph`."
+    once = once_differentiable(backward)
+    @functools.wraps(backward)
+    def refusing(ctx, *gradients):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("create_graph asks for a gradient's gradient, which the operations of this library do not have; stock transformers' Mamba2ForCausalLM has it")
+        return once(ctx, *gradients)
+    return refusing
+
+def untouched(
+    module: torch.nn.Module,
+) -> bool:
+    "Whether a module does what its class does and no more: it has no hooks, and no other forward."
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in vars(module)
 
 # %% ../nbs/06_loops.ipynb #ad0d4e51
 def addresses(context, builder, signature, values) -> list:

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['logger', 'EOS', 'PAD', 'BACKBONE', 'BESIDE', 'mamba2_config', 'Kernels', 'cuda_kernels', 'kernels_for', 'normalize',
-           'BioMambaRMSNorm', 'scan_step', 'convolve', 'scan', 'BioMambaMixer', 'BioMambaForCausalLM', 'new_model']
+           'BioMambaRMSNorm', 'scan_step', 'convolve', 'scan', 'BioMambaMixer', 'check_config', 'BioMambaForCausalLM',
+           'new_model']
 
 # %% ../nbs/06b_mamba2.ipynb #41964893
 import functools, inspect, logging, math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block, Mamba2CausalLMOutput, Mamba2Mixer, Mamba2RMSNorm
+from .chunks import consecutive, expect
 from .conv import causal_conv
 from .guards import refuse_upload
-from .head import Owed, head_loss, look_up
-from .loops import by_loops
+from .head import Owed, check_reduction, head_loss, look_up
+from .loops import by_loops, untouched
 from .layer import fits_loops, mix_by_loops
 from .norm import GatedNorm, LoopNorm
 from .runs import Recipe, did_you_mean, mark_restricted
@@ -211,8 +214,22 @@ def _shifted(
     return targets.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1), value=True), -100)
 
 # %% ../nbs/06b_mamba2.ipynb #86771204
+def check_config(
+    config: Mamba2Config,
+) -> None:
+    "Raise ValueError for what transformers would build, and the layers here compute otherwise or not at all."
+    if config.hidden_act not in ("silu", "swish"): raise ValueError(f"hidden_act is {config.hidden_act!r}; silu (or swish, another name of it) is accepted")
+    limits = config.time_step_limit
+    if len(limits) != 2 or not 0 <= limits[0] <= limits[1]: raise ValueError(f"time_step_limit is {limits}; two numbers in their order are accepted")
+    if not config.layer_norm_epsilon >= 0: raise ValueError(f"layer_norm_epsilon is {config.layer_norm_epsilon}; a number from 0 on is accepted")
+
 BACKBONE = ("inputs_embeds", "cache_params", "attention_mask", "output_hidden_states")  # what `forward` passes through
 BESIDE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # what transformers' collators say beside `seq_idx`, and again
+
+def _shape_of(ids: Tensor | None, embeds: Tensor | None) -> tuple[int, int]:  # rows, T
+    given = ids if embeds is None else embeds
+    if given is None or ids is not None and embeds is not None: raise ValueError("either input_ids or inputs_embeds must be given, and not both")
+    return given.shape[0], given.shape[1]
 
 def _passed(given: dict[str, Any], packed: bool) -> dict[str, Any]:
     "Of other inputs, those of the backbone; raises TypeError for one that would be dropped without a word. packed: whether there is `seq_idx`."
@@ -227,6 +244,7 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
     "transformers' Mamba-2 language model with packed documents, our scan and a loss without logits."
 
     def __init__(self, config: Mamba2Config):
+        check_config(config)
         super().__init__(config)
         for layer in cast(list[Mamba2Block], self.backbone.layers): layer.mixer.__class__, layer.norm.__class__ = BioMambaMixer, BioMambaRMSNorm
         self.backbone.norm_f.__class__ = BioMambaRMSNorm
@@ -243,9 +261,12 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
         return_dict: bool | None = None, **kwargs,  # kwargs: those of BACKBONE
     ) -> Mamba2CausalLMOutput | tuple:
         "Logits, or with targets or labels the loss alone."
+        kwargs, items = _passed(kwargs, seq_idx is not None), None if num_items_in_batch is None else int(num_items_in_batch)
+        shape = _shape_of(input_ids, kwargs.get("inputs_embeds"))
+        expect(shape, seq_idx=seq_idx, targets=targets, labels=labels)
+        if seq_idx is not None: seq_idx = consecutive(seq_idx)
         if labels is not None: targets = _shifted(labels, seq_idx)
         if targets is not None and use_cache is None: use_cache = False
-        kwargs, items = _passed(kwargs, seq_idx is not None), None if num_items_in_batch is None else int(num_items_in_batch)
         rows, owed = (None, None) if targets is None else look_up(self.backbone.embeddings, input_ids, self.lm_head)
         if rows is not None: input_ids, kwargs = None, kwargs | {"inputs_embeds": rows}
         out = self.backbone(input_ids, seq_idx=seq_idx, use_cache=use_cache, return_dict=True, **kwargs)
@@ -269,9 +290,19 @@ def _head(
     rows: Tensor | None, owed: Owed | None,  # of `look_up`
 ) -> tuple[Tensor | None, Tensor | None]:  # loss, logits: one of them
     "The loss without logits, or the logits in fp32."
-    if targets is not None: return head_loss(hidden, model.lm_head.weight, targets, reduction, rows, owed, items), None
+    head = model.lm_head
+    check_reduction(reduction)
+    plain = type(head) is nn.Linear and head.bias is None and untouched(head)
+    if targets is not None and plain: return head_loss(hidden, head.weight, targets, reduction, rows, owed, items), None
+    if targets is not None: return _loss_of_logits(head(hidden.to(head.weight.dtype)), targets, reduction, items), None
     hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep] if isinstance(keep, Tensor) or keep else hidden
-    return None, model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
+    return None, head(hidden.to(head.weight.dtype)).float()
+
+def _loss_of_logits(logits: Tensor, targets: Tensor, reduction: str, items: int | None) -> Tensor:
+    "`head_loss` where the head is more than its weight, as with an adapter: all logits are built."
+    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    if reduction == "mean": return losses.sum() / max(1, items or int((targets != -100).sum()))
+    return losses if reduction == "none" else losses.sum()
 
 # %% ../nbs/06b_mamba2.ipynb #cdfc0cbd
 def _save_plain(
@@ -286,6 +317,8 @@ def _save_plain(
     super(BioMambaForCausalLM, model).save_pretrained(folder, **kwargs)
     model.config.architectures, model.config.rescale_prenorm_residual = ["Mamba2ForCausalLM"], False
     model.config.save_pretrained(folder)
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if whole.is_file() and index.is_file(): min(whole, index, key=lambda file: file.stat().st_mtime_ns).unlink()  # of an earlier model that was saved here
 
 # %% ../nbs/06b_mamba2.ipynb #09275719
 def _initial_value(

@@ -9,9 +9,8 @@ __all__ = ['GatedNorm', 'norm_forward', 'norm_backward', 'LoopNorm']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .loops import copied, f32, numbers, parts_of, product_dtype, rows, spread
+from .loops import copied, differentiable_once, f32, numbers, parts_of, product_dtype, rows, spread
 from .norm_loops import norm_backward_loop, norm_loop
 
 # %% ../nbs/06a_norm.ipynb #f01d1db2
@@ -38,7 +37,7 @@ class GatedNorm(torch.autograd.Function):
             return (n.flatten(-2) * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         (x, gate, weight), group = ctx.saved_tensors, ctx.group
         with torch.autocast(x.device.type, enabled=False):
@@ -97,7 +96,7 @@ class LoopNorm(torch.autograd.Function):
         return norm_forward(x, gate, weight, eps, group, dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         x, gate, weight = ctx.saved_tensors
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)

@@ -39,8 +39,12 @@ def project_root() -> Path:
 def resolve(
     path: str | os.PathLike,  # absolute, with ~, or relative to the project
 ) -> Path:  # absolute
-    "The one meaning of a path, wherever the process was started."
-    return (project_root() / Path(path).expanduser()).resolve()
+    "The one meaning of a path, wherever the process was started; raises `UserError` for what can be none."
+    try:
+        found = (project_root() / Path(path).expanduser()).resolve()
+        with contextlib.suppress(FileNotFoundError, PermissionError, NotADirectoryError): found.lstat()  # too long a name is only noticed here
+        return found
+    except (RuntimeError, ValueError, OSError) as e: raise UserError(f"{os.fspath(path)!r} is no path that can be followed ({e})") from None
 
 # %% ../nbs/01b_runs.ipynb #27879923
 def cache_dir() -> Path:

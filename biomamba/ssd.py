@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORGOTTEN', 'recurrence', 'allowed_pairs', 'decay_matrix', 'whole_matrix', 'Decays', 'decays', 'within_chunks',
            'pass_states', 'within_chunks_backward', 'pass_states_backward', 'ChunkScan', 'Kept', 'scan_forward',
-           'scan_backward', 'LoopScan', 'step_sizes', 'cut', 'chunk_scan']
+           'scan_backward', 'LoopScan', 'step_sizes', 'chunk_scan']
 
 # %% ../nbs/06a_ssd.ipynb #46293f36
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .conv import document_before, document_starts, starts_before
-from .loops import by_loops, copied, multiplies_bf16, numbers, parts_of, product_dtype, rows, spread
+from .chunks import consecutive, cut, document_before, document_starts, expect, starts_before
+from .loops import by_loops, copied, differentiable_once, multiplies_bf16, numbers, parts_of, product_dtype, rows, spread
 from .scan_loops import dot_loop, join_backward_loop, join_loop, mix_backward_loop, mix_loop, pass_loop, scale_loop
 from .tile_scan import fits_tiles, tile_forward
 from .tile_scan_backward import tile_backward
@@ -278,7 +277,7 @@ class ChunkScan(torch.autograd.Function):
             return torch.addcmul(y, x, D.unsqueeze(-1)), states[:, -1].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy, last):
         saved = ctx.saved_tensors  # read once, or recomputing activations fails
         with torch.autocast(saved[0].device.type, enabled=False):
@@ -450,7 +449,7 @@ class LoopScan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy, last):
         x, dt, B, C, D, *kept = ctx.saved_tensors  # read once, or recomputing activations fails
         dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype) for v in (x, B, C))
@@ -471,21 +470,6 @@ def step_sizes(
     if dt_softplus: dt = F.softplus(dt)
     return dt if tuple(dt_limit) == (0.0, float("inf")) and dt_softplus else dt.clamp(*dt_limit)
 
-# %% ../nbs/06a_ssd.ipynb #4b783440
-def cut(
-    v: Tensor,          # (batch, T, ...)
-    longest: int,       # chunk, tokens
-    last: bool = False, # whether the last token fills a sequence up, and not zeros
-) -> Tensor:            # (rows, Q, ...): the chunks of all sequences, of the same length
-    "A sequence cut into chunks; a view where nothing has to be added."
-    T = v.shape[1]
-    chunks = max(1, -(-T // longest))
-    Q = max(1, -(-T // chunks))
-    if chunks * Q > T:
-        more = v[:, -1:] if last and T else v.new_zeros(v.shape[0], 1, *v.shape[2:])
-        v = torch.cat([v, more.expand(-1, chunks * Q - T, *v.shape[2:])], 1)
-    return v.reshape(-1, Q, *v.shape[2:])
-
 # %% ../nbs/06a_ssd.ipynb #fa7eda51
 def chunk_scan(
     x: Tensor,                             # (batch, T, H, P)
@@ -494,25 +478,31 @@ def chunk_scan(
     B: Tensor,                             # (batch, T, G, N)
     C: Tensor,                             # (batch, T, G, N)
     chunk_size: int = 64,                  # longest chunk, tokens; the result does not depend on it
-    D: Tensor | None = None,               # (H)
+    D: Tensor | None = None,               # (H) or (H, P)
     dt_bias: Tensor | None = None,         # (H)
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     initial_states: Tensor | None = None,  # (batch, H, P, N), of document 0
-    seq_idx: Tensor | None = None,         # (batch, T), number of the document
+    seq_idx: Tensor | None = None,         # (batch, T), number of the document; where it changes, a new one begins
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:       # (batch, T, H, P) as x; with the last states (batch, H, P, N) if asked for
-    "The scan of one Mamba-2 layer, in chunks, differentiable in every tensor."
-    (b, T, H, P), G, real = x.shape, B.shape[2], torch.promote_types(x.dtype, torch.float32)
+    "The scan of one Mamba-2 layer, in chunks, differentiable in every tensor; raises ValueError where shapes do not fit each other."
+    (b, T, H, P), (G, N), real = x.shape, B.shape[2:], torch.promote_types(x.dtype, torch.float32)
+    if not b or not G or H % G or chunk_size < 1: raise ValueError(f"{b} sequences of {H} heads in {G} groups in chunks of {chunk_size} were given; of each one at least, and heads that the groups share evenly")
+    expect((b, T, H), dt=dt); expect((b, T, G, N), B=B, C=C); expect((H,), A=A, dt_bias=dt_bias); expect((b, H, P, N), initial_states=initial_states); expect((b, T), seq_idx=seq_idx)
+    wide, D = (D, None) if D is not None and D.dim() == 2 else (None, D)
+    expect((H, P), D=wide); expect((H,), D=D)
     function = LoopScan if by_loops(x) else ChunkScan
     piece = lambda v: cut(v if function is LoopScan else v.to(real), chunk_size)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit).to(real)
-    ids = None if seq_idx is None else cut(seq_idx, chunk_size, last=True)
+    ids = None if seq_idx is None else cut(consecutive(seq_idx), chunk_size, last=True)
     D = x.new_zeros(H, dtype=real) if D is None else D.to(real)
     start = None if initial_states is None else _state_in(initial_states.to(real), G)
     heads = lambda v: v.unflatten(2, (G, -1))
     y, last = function.apply(heads(piece(x)), heads(piece(dt)), heads(piece(dt * A.to(real))), piece(B), piece(C), D.view(G, -1), start, ids, b)
-    y = y.reshape(b, -1, H, P)[:, :T].to(x.dtype)
+    y = y.reshape(b, -1, H, P)[:, :T]
+    if wide is not None: y = y.to(real) + x.to(real) * wide.to(real)
+    y = y.to(x.dtype)
     return (y, _state_out(last)) if return_final_states else y
 
 # %% ../nbs/06a_ssd.ipynb #ae317925

@@ -304,10 +304,53 @@ def test_the_tensors_of_a_mamba1_are_refused_by_name(ssm, hf):
                                        (json.dumps({k: v for k, v in CONFIG.items() if k != "vocab_size"}), "without vocab_size"),
                                        (json.dumps(CONFIG | {"d_model": "64"}), "describes no Mamba-2"), (json.dumps(CONFIG | {"d_model": 65}), "describes no Mamba-2"),
                                        (json.dumps(CONFIG | {"ssm_cfg": "Mamba2"}), "describes no Mamba-2"), (json.dumps(CONFIG | {"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}), "describes no Mamba-2"),
-                                       ('{"model_type": "mamba2", "hidden_size": "64"}', "describes no Mamba-2")])
+                                       ('{"model_type": "mamba2", "hidden_size": "64"}', "describes no Mamba-2"), ("[" * 200_000, "not JSON"),
+                                       (json.dumps(CONFIG | {"n_layer": 10**6}), "1,000,000 layers, and weights of"), (json.dumps(CONFIG | {"d_model": 2**70}), "describes no Mamba-2"),
+                                       *((json.dumps(CONFIG | {"ssm_cfg": {"layer": "Mamba2"} | bad}), "describes no Mamba-2") for bad in ({"ngroups": 0}, {"expand": -1}, {"d_conv": -1}, {"headdim": -1}))])
 def test_configurations_without_sense_are_refused(ssm, text, part):
     (ssm / "config.json").write_bytes(text.encode("latin-1"))
     refused(ssm, part)
+
+
+@pytest.mark.parametrize("change,part", [(dict(hidden_act="gelu"), "hidden_act is 'gelu'"), (dict(hidden_act="x"), "describes no Mamba-2"), (dict(n_groups=0), "describes no Mamba-2"),
+                                         (dict(time_step_limit=[]), "time_step_limit"), (dict(layer_norm_epsilon=float("nan")), "layer_norm_epsilon is nan"), (dict(conv_kernel=-1), "describes no Mamba-2"),
+                                         (dict(vocab_size=2**70), "describes no Mamba-2"), (dict(num_hidden_layers=10**6), "layers, and weights of")])
+def test_configurations_that_would_compute_something_else_are_refused(hf, tmp_path, change, part):
+    config = json.loads((hf / "config.json").read_text()) | change
+    (hf / "config.json").write_text(json.dumps(config))
+    refused(hf, part)
+    with pytest.raises(UserError): convert(hf, tmp_path / "new", to="state-spaces")
+
+
+def test_swish_is_silu(hf, ssm, tmp_path):
+    config = json.loads((hf / "config.json").read_text()) | {"hidden_act": "swish"}
+    (hf / "config.json").write_text(json.dumps(config))
+    same_logits(load_model(hf), load_model(ssm))
+    convert(hf, tmp_path / "new", to="state-spaces")
+
+
+@pytest.mark.parametrize("text,part", [("{", "not JSON"), ("", "not JSON"), ("[1]", "a JSON list"), ('{"max_new_tokens": -3}', "says nothing that generation could follow")])
+def test_a_generation_config_without_sense_is_refused(hf, text, part):
+    (hf / "generation_config.json").write_text(text)
+    refused(hf, part)
+
+
+@pytest.mark.parametrize("content,part", [(b"", "not JSON"), (b"{}", "it has no model"), (b"\xff\xfe\x00", "not JSON"), (b'{"model": 3}', "it has no model")])
+def test_a_tokenizer_without_sense_is_refused(tmp_path, content, part):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=part): load_tokenizer(tmp_path)
+
+
+def test_paths_and_dtypes_that_are_none_are_refused(tmp_path, hf, model):
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    for path in ("~nobody-of-that-name/x", tmp_path / "round", tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises(UserError): load_model(path)
+        with pytest.raises(UserError): load_tokenizer(path)
+    for dtype in ("float32", torch.complex64, torch.int8):
+        with pytest.raises(UserError, match="dtype is"): load_model(hf, dtype=dtype)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="is a file"): save_model(model, tmp_path / "file", words())
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -334,10 +377,22 @@ def test_weights_of_several_dtypes_are_refused(ssm, hf):
 
 
 @pytest.mark.parametrize("index,part", [("{", "not JSON"), ("{}", "no weight_map"), ('{"weight_map": ["a"]}', "no weight_map"), ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors'"),
-                                        ('{"weight_map": {"a": 3}}', "names 3"), ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors is missing"), ('{"weight_map": {}}', "lacks")])
+                                        ('{"weight_map": {"a": 3}}', "names 3"), ('{"weight_map": {"a": null}}', "names None"), ('{"weight_map": {"a": ""}}', "names ''"), ('{"weight_map": {"a": ".."}}', "names '..'"), ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors is missing"), ('{"weight_map": {}}', "weights of 0 tensors")])
 def test_a_wrong_index_is_refused(hf, index, part):
     (hf / "model.safetensors.index.json").write_text(index)
+    load_model(hf)  # as stock does: the index is that of an earlier model
+    (hf / "model.safetensors").rename(hf / "other.safetensors")
     refused(hf, part)
+
+
+def test_what_was_saved_last_is_loaded(model, tmp_path):
+    "transformers leaves the index of shards where a whole file follows them, and the whole file where shards do."
+    other = new_model(model.config, 1).eval()
+    for first, last in ((dict(max_shard_size="100KB"), {}), ({}, dict(max_shard_size="100KB"))):
+        folder = tmp_path / f"from {len(first)}"
+        model.save_pretrained(folder, **first)
+        other.save_pretrained(folder, **last)
+        for loaded in (load_model(folder), AutoModelForCausalLM.from_pretrained(folder)): same_logits(loaded, other, 1e-5)
 
 
 @contextlib.contextmanager
@@ -429,6 +484,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(ssm, tmp_path):
     torch.save({"backbone.embedding.weight": Bomb()}, ssm / "pytorch_model.bin")
     refused(ssm, "could run code")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")])
+def test_tensors_that_are_not_plain_are_refused(ssm, odd):
+    tensors = torch.load(ssm / "pytorch_model.bin", weights_only=True)
+    torch.save(tensors | {"backbone.layers.1.mixer.D": odd}, ssm / "pytorch_model.bin")
+    refused(ssm, "backbone.layers.1.mixer.D as a tensor that is sparse")
 
 
 def test_a_pointer_instead_of_weights_is_refused(ssm):

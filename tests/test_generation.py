@@ -442,6 +442,9 @@ def test_bad_input(tokenizer):
     bad = [(["a"], dict(temperature=-1), "temperature is -1"), (["a"], dict(temperature=float("nan")), "temperature is nan"), (["a"], dict(top_k=0), "top_k is 0"),
            (["a"], dict(top_p=1.5), "top_p is 1.5"), (["a"], dict(max_new_tokens=0), "max_new_tokens is 0"), (["a"], dict(batch_size=0), "batch_size is 0"),
            (["a"], dict(stop=("",)), "empty string"), ("a", {}, "one string"), ([""], dict(start=False), "no tokens"), ([[]], {}, "no tokens"),
+           (["a"], dict(max_new_tokens=2.5), "2.5"), (["a"], dict(max_new_tokens="5"), "'5'"), (["a"], dict(max_new_tokens=None), "None"), (["a"], dict(temperature="1"), "'1'"),
+           (["a"], dict(top_k=2.5), "2.5"), (["a"], dict(stop=3), "stop is"), (["a"], dict(stop=["b", 3]), "stop is"), (["a"], dict(temperature=1e-40), "temperature is 1e-40"),
+           (None, {}, "prompts is None"), ([None], {}, "None is neither a text"), ([[1.7]], {}, "neither a text"), (["\ud800"], {}, "neither a text"), ([torch.zeros(2, 2).long()], {}, "neither a text"),
            ([[5, ROWS]], {}, f"token {ROWS}"), ([[-1]], {}, "token -1"), (["a"], dict(max_tokens=5), "max_tokens")]
     for prompts, options, says in bad:
         with pytest.raises(UserError, match=says): generate(model, tokenizer, prompts, **options)
@@ -449,10 +452,25 @@ def test_bad_input(tokenizer):
     assert generate(model, tokenizer, ["a"], max_new_tokens=3, stop=None) == generate(model, tokenizer, ["a"], max_new_tokens=3)
 
 
+def test_prompts_in_any_sequence(tokenizer):
+    model, ids = small(), text(9)
+    expected = generate(model, tokenizer, [ids], max_new_tokens=4)
+    for prompts in (iter([ids]), ([i for i in ids],), [torch.tensor(ids)], [tuple(ids)]): assert generate(model, tokenizer, prompts, max_new_tokens=4) == expected
+
+
+def test_a_model_that_recomputes_activations_writes_the_same_while_it_trains(tokenizer):
+    model, ids = small(), text(90)
+    expected = generate(model, tokenizer, [ids], max_new_tokens=5), prefill(model, torch.tensor([ids]), chunk=20)[0]
+    model.train().gradient_checkpointing_enable()
+    assert generate(model, tokenizer, [ids], max_new_tokens=5) == expected[0]
+    torch.testing.assert_close(prefill(model, torch.tensor([ids]), chunk=20)[0], expected[1], rtol=0, atol=0)
+    assert all(layer.gradient_checkpointing and layer.training for layer in model.backbone.layers)
+
+
 def test_products_in_a_dtype_that_autocast_has_not_are_refused():
     model, ids = small().bfloat16(), torch.tensor([text(5)])
     for work in (lambda: prefill(model, ids, dtype=torch.float32), lambda: Decoder(model, torch.float32), lambda: prefill(model, ids, dtype=torch.float64)):
-        with pytest.raises(UserError, match="load it in torch.float"): work()
+        with pytest.raises(UserError, match="can be loaded in another"): work()
     assert prefill(model, ids, dtype=torch.bfloat16)[0].isfinite().all()
 
 

@@ -124,6 +124,48 @@ def test_what_would_be_dropped_without_a_word_is_refused():
     with pytest.raises(ValueError, match="window and seq_idx"): model(ids[:, :3], cache_params=model(ids, use_cache=True).cache_params, seq_idx=one[:, :3])
 
 
+def test_a_penalty_on_the_gradient_is_refused():
+    model, ids = small(), text()
+    with pytest.raises(RuntimeError, match="create_graph asks"): torch.autograd.grad(model(ids, labels=ids).loss, model.backbone.norm_f.weight, create_graph=True)
+
+
+def test_numbers_of_documents_may_come_again():
+    model, ids = small(), text(1)
+    again, anew = torch.tensor([[0] * 40 + [1] * 20 + [0] * 30]), torch.tensor([[0] * 40 + [1] * 20 + [2] * 30])
+    torch.testing.assert_close(model(ids, seq_idx=again).logits, model(ids, seq_idx=anew).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="seq_idx has shape"): model(ids, seq_idx=again[:, :80])
+
+
+def test_embeddings_instead_of_ids():
+    model, ids = small(), text()
+    embeds = model.backbone.embeddings(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeds, labels=ids).loss, model(ids, labels=ids).loss)
+    for both in (dict(input_ids=ids, inputs_embeds=embeds), {}):
+        with pytest.raises(ValueError, match="and not both"): model(**both, labels=ids)
+
+
+def test_what_computes_otherwise_is_refused():
+    for change, says in ((dict(hidden_act="gelu"), "hidden_act"), (dict(time_step_limit=(0.1,)), "time_step_limit"), (dict(layer_norm_epsilon=float("nan")), "layer_norm_epsilon")):
+        with pytest.raises(ValueError, match=says): small(**change)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_a_head_that_is_more_than_its_weight_is_asked_itself(reduction):
+    "Hooks of accelerate, or an adapter, would be passed over."
+    model, ids = small().train(), text()
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3, -100)
+    expected, plain = model(ids, labels=labels, reduction=reduction).loss, dict(model.named_parameters())
+    wanted = torch.autograd.grad(expected.sum(), list(plain.values()))
+    calls = []
+    for module in (model.lm_head, model.backbone.embeddings, model.backbone.layers[0].mixer.in_proj):
+        module.forward = lambda *args, own=module.forward: (calls.append(1), own(*args))[1]
+    found = model(ids, labels=labels, reduction=reduction).loss
+    assert len(calls) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found.sum(), list(plain.values())), wanted, strict=True): assert (a - b).norm() <= 1e-4 * b.norm()
+    with pytest.raises(UserError, match="mean, sum or none"): model(ids, labels=labels, reduction="max")
+
+
 @pytest.mark.parametrize("rows,vocabulary,reduction", [(1, 5, "mean"), (700, 300, "sum"), (3000, 40, "mean"), (257, 33, "none")])
 def test_loss_equals_cross_entropy(rows, vocabulary, reduction):
     g = torch.Generator().manual_seed(rows)

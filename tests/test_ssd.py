@@ -144,6 +144,54 @@ def test_step_sizes():
     close(step_sizes(dt), dt.clamp(min=0))  # mamba-ssm limits the step size to at least 0 by default
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_shapes_that_do_not_fit_are_refused(dtype):
+    "Compiled loops would read on behind a tensor that is too small."
+    t = {k: v.to(dtype) for k, v in tensors(0, 2, 30, 2, 2, 4, 5).items()}
+    wrong = dict(D=t["D"][:1], dt=t["dt"][..., :1], C=torch.cat([t["C"]] * 2, 2), A=t["A"][:3], B=t["B"][..., :3], dt_bias=t["D"][:1], seq_idx=torch.zeros(1, 30),
+                 initial_states=torch.zeros(2, 4, 5, 4, dtype=dtype), chunk_size=0)
+    for name, v in wrong.items():
+        with pytest.raises(ValueError, match="shape|chunks of 0"): chunk_scan(**t | {name: v})
+    for longer in (torch.cat([t["dt"]] * 2, 1), t["dt"][:1]):
+        with pytest.raises(ValueError, match="dt has shape"): chunk_scan(**t | {"dt": longer})
+    with pytest.raises(ValueError, match="heads in 3 groups"): chunk_scan(**t | {name: torch.cat([t[name], t[name][:, :, :1]], 2) for name in ("B", "C")})
+    x, w = torch.randn(2, 30, 8, dtype=dtype), torch.randn(8, 4, dtype=dtype)
+    for given in ((x, w[:4]), (x, w, w[:1, 0]), (x, w, None, torch.zeros(1, 30)), (x, w, None, None, x[:, :2])):
+        with pytest.raises(ValueError, match="has shape"): causal_conv(*given)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_a_skip_of_its_own_for_every_channel(dtype):
+    t = {k: v.to(dtype) for k, v in tensors(0, 2, 70, 1, 3, 4, 5).items()}
+    wide = torch.randn(3, 4, generator=torch.Generator().manual_seed(7)).to(dtype).requires_grad_()
+    x = t["x"].requires_grad_()
+    y, expected = chunk_scan(**t | {"D": wide}), chunk_scan(**t | {"D": None}) + x * wide
+    torch.testing.assert_close(y, expected, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-6)
+    for a, b in zip(torch.autograd.grad(y.sum(), (x, wide)), torch.autograd.grad(expected.sum(), (x, wide)), strict=True): torch.testing.assert_close(a, b, rtol=0.02 if dtype == torch.bfloat16 else 1e-4, atol=0.3 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("chunk", (7, 20, 64))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_a_number_that_comes_again_is_another_document(dtype, chunk):
+    t = {k: v.to(dtype) for k, v in tensors(0, 1, 64, 1, 2, 4, 5).items()}
+    ids = torch.tensor([[0] * 20 + [1] * 20 + [0] * 24])
+    start = initial(3, t)
+    exact, state = recurrence(**{k: v.double() for k, v in t.items()}, seq_idx=torch.tensor([[0] * 20 + [1] * 20 + [2] * 24]), initial_states=start.double())
+    y, last = chunk_scan(**t, seq_idx=ids, initial_states=start, chunk_size=chunk, return_final_states=True)
+    for a, b in ((y, exact), (last, state)): torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-4)
+    x, w = torch.randn(1, 64, 8, dtype=dtype), torch.randn(8, 4, dtype=dtype)
+    ids = torch.tensor([[0, 1] * 32])
+    torch.testing.assert_close(causal_conv(x, w, seq_idx=ids), F.silu(x * w[:, -1]))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_a_gradient_of_the_gradient_is_refused(dtype):
+    "A penalty on the gradient was left out without a word once."
+    t = {k: v.to(dtype).requires_grad_() for k, v in tensors(0, 1, 9, 1, 1, 3, 4).items()}
+    with pytest.raises(RuntimeError, match="create_graph asks"): torch.autograd.grad(chunk_scan(**t).sum(), t["x"], create_graph=True)
+    assert torch.autograd.grad(chunk_scan(**t).sum(), t["x"])[0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_no_tokens_leave_the_state_as_it_was(dtype):
     t = {k: v.to(dtype).requires_grad_() for k, v in tensors(0, 2, 0, 2, 3, 4, 5).items()}
