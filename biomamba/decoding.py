@@ -33,11 +33,11 @@ def _dtype_of(model: BioMambaForCausalLM, dtype: torch.dtype | None) -> torch.dt
 @contextlib.contextmanager
 def _with_state(model: BioMambaForCausalLM):
     "For the length of a block, layers that recompute activations carry their state on; in training mode transformers drops it."
-    layers = [layer for layer in cast(Any, model.backbone.layers) if layer.training and getattr(layer, "gradient_checkpointing", False)]
-    for layer in layers: layer.gradient_checkpointing = False
+    modules: list[Any] = [m for m in (model.backbone, *model.backbone.layers) if m.training and m.gradient_checkpointing]
+    for m in modules: m.gradient_checkpointing = False
     try: yield
     finally:
-        for layer in layers: layer.gradient_checkpointing = True
+        for m in modules: m.gradient_checkpointing = True
 
 @torch.no_grad()
 def prefill(

@@ -226,6 +226,7 @@ def head_loss(
 ) -> Tensor:                  # fp32
     "Cross-entropy of the head's logits, which are never whole."
     check_reduction(reduction)
+    if targets.is_floating_point(): raise TypeError(f"targets are {targets.dtype}; they are ids, in whole numbers")
     scored, kind = targets.flatten() != -100, hidden.device.type
     rows, aims = hidden.flatten(0, -2)[scored], targets.flatten()[scored]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

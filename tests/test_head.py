@@ -70,6 +70,7 @@ def test_a_transpose_is_added_to_fp32_alone():
 def test_a_target_that_is_no_word_is_refused(target, reduction):
     h, w = torch.randn(3, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     with pytest.raises(IndexError, match=f"{target}.*0 to 49"): head_loss(h, w, torch.tensor([-100, target, target]), reduction)
+    with pytest.raises(TypeError, match="float32"): head_loss(h, w, torch.ones(3), reduction)
 
 
 def test_the_mean_is_over_as_many_as_are_said():

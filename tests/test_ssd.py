@@ -156,8 +156,8 @@ def test_shapes_that_do_not_fit_are_refused(dtype):
         with pytest.raises(ValueError, match="dt has shape"): chunk_scan(**t | {"dt": longer})
     with pytest.raises(ValueError, match="heads in 3 groups"): chunk_scan(**t | {name: torch.cat([t[name], t[name][:, :, :1]], 2) for name in ("B", "C")})
     x, w = torch.randn(2, 30, 8, dtype=dtype), torch.randn(8, 4, dtype=dtype)
-    for given in ((x, w[:4]), (x, w, w[:1, 0]), (x, w, None, torch.zeros(1, 30)), (x, w, None, None, x[:, :2])):
-        with pytest.raises(ValueError, match="has shape"): causal_conv(*given)
+    for inputs in ((x, w[:4]), (x, w, w[:1, 0]), (x, w, None, torch.zeros(1, 30)), (x, w, None, None, x[:, :2])):
+        with pytest.raises(ValueError, match="has shape"): causal_conv(*inputs)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
