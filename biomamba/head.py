@@ -96,6 +96,7 @@ class Head(NamedTuple):
         else:
             _add_weight_gradient(dw, p, self.rows[k], first=k.start == 0)
             dh[k] = matmul(p, self.turned.T)
+
 def _meet(
     hidden: Tensor,      # (rows, width)
     weight: Tensor,      # (V, width)
