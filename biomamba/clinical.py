@@ -238,9 +238,10 @@ PUBLISHED_WITHOUT = ("Brief Hospital Course",)  # the name that the paper's list
 _LEAVING = r"(?:discharge|d/c|dc(?:'d)?|discharged|transfer out|leaving)"
 _LATE = re.compile(rf"\b(?:on|at|upon|prior to|before|day of|time of|near|since)[ \t]+(?:the[ \t]+)?(?:(?:day|time|date|morning)[ \t]+of[ \t]+)?{_LEAVING}\b"
                    rf"|\b(?:pre-?)?{_LEAVING}[ \t]+(?:day[ \t]+)?(?:physical|exam|pe\b|px\b|vitals?|vs\b|labs?|laborator|results?|stud(?:y|ies)|imaging|weight|wt\b|data|values|chem|cbc|cxr|ekg|ecg|[a-z]+-?\d)"
-                   rf"|^[ \t\W]*(?:pre-?)?{_LEAVING}\b(?=[^.\n]{{0,30}}(?:[:=]|$))", re.IGNORECASE | re.MULTILINE)
-_EARLY = re.compile(r"^[ \t\W]*(?:(?:(?:physical )?exam(?:ination)?|pe|vitals?|vs|labs?|results?|data)[ \t]+)?(?:on |at |upon )?(?:admission|admit|arrival|presentation|initial|ed|interim|hospital day)\b[^.\n]{0,40}(?:[:=]|$)", re.IGNORECASE | re.MULTILINE)
-_TESTS = re.compile(r"^[ \t\W]*(?:(?:other|pertinent|relevant|interval)[ \t]+)?(?:stud(?:y|ies)|imaging|micro(?:biology)?|radiology|cultures?|pathology|reports?|cytology|procedures?|ekg|ecg|echo|tte|tee|cxr|ct|mri|eeg|egd)\b[^.\n]{0,30}:[ \t]*$", re.IGNORECASE | re.MULTILINE)
+                   rf"|^[^\w\n]*(?:(?:pre-?)?{_LEAVING}|dcpe|final (?:physical )?exam(?:ination)?)\b(?=[^.\n]{{0,30}}(?:[:=]|$))"
+                   rf"|^[^\w\n]*(?:physical )?(?:exam(?:ination)?|pe|vitals?|vital signs|vs|labs?|laborator\w+(?: data)?|data)\b[^\w\n]*{_LEAVING}\b[^\w\n]*(?:[:=]|$)", re.IGNORECASE | re.MULTILINE)
+_EARLY = re.compile(r"^[^\w\n]*(?:(?:(?:physical )?exam(?:ination)?|pe|vitals?|vs|labs?|results?|data)[ \t]+)?(?:on |at |upon )?(?:admission|admit|arrival|presentation|initial|ed|interim|hospital day)\b[^.\n]{0,40}(?:[:=]|$)", re.IGNORECASE | re.MULTILINE)
+_TESTS = re.compile(r"^[^\w\n]*(?:(?:other|pertinent|relevant|interval)[ \t]+)?(?:stud(?:y|ies)|imaging|micro(?:biology)?|radiology|cultures?|pathology|reports?|cytology|procedures?|ekg|ecg|echo|tte|tee|cxr|ct|mri|eeg|egd)\b[^.\n]{0,30}:[ \t]*$", re.IGNORECASE | re.MULTILINE)
 
 # %% ../nbs/30b_clinical.ipynb #12c58f44
 def discharge_spans(

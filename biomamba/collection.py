@@ -121,7 +121,7 @@ def _write_parts(self, source: str, folder: Path) -> dict[str, list[str]]:  # he
 Work.write_parts = _write_parts
 
 # %% ../nbs/04i_collection.ipynb #7346d41c
-FORMAT = 2   # raised by hand when the same inputs would give another collection
+FORMAT = 3   # raised by hand when the same inputs would give another collection
 
 def write_collection(
     work: Work,
@@ -212,6 +212,7 @@ def build_collection(
     if (folder / "manifest.json").exists(): return shutil.rmtree(work.folder, ignore_errors=True)    # killed when only the work folder was left to remove
     for stale in folder.parent.glob(f".{folder.name}.*/"): shutil.rmtree(stale)    # a killed build's half-written folder
     if work.restricted: mark_restricted(work.folder, work.restricted)
+    else: _close(work.folder)
     try:
         work.read(); work.find_duplicates(); work.decontaminate(against); work.hold_out()
         sha256 = work.tokenize(tokenizer, vocabulary)
@@ -221,6 +222,13 @@ def build_collection(
         shutil.rmtree(work.folder, ignore_errors=True)
         raise
     shutil.rmtree(work.folder)
+
+def _close(
+    folder: Path,  # of the work; made when it is not there
+) -> None:
+    "Keep a work folder to its owner: the evaluation sets in it may be restricted."
+    try: folder.mkdir(mode=0o700, parents=True, exist_ok=True); folder.chmod(0o700)
+    except PermissionError: raise UserError(f"{folder} holds an unfinished build of somebody else; a folder of your own, or a cache of your own in BIOMAMBA_CACHE, is accepted") from None
 
 # %% ../nbs/04i_collection.ipynb #b0f0b2cc
 def open_collection(

@@ -64,7 +64,8 @@ def sequences_of(
     found = np.empty(pieces.sum(), SEQUENCE)
     found["row"] = np.repeat(rows, pieces)
     found["start"] = (np.arange(len(found)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * recipe.max_tokens
-    found["targets"] = np.minimum(np.repeat(targets, pieces) - found["start"], recipe.max_tokens)
+    found["targets"] = np.repeat(targets, pieces) - found["start"]
+    if recipe.long_documents != "carry": found["targets"] = np.minimum(found["targets"], recipe.max_tokens)  # else documents are whole
     return found
 
 # %% ../nbs/04j_corpus.ipynb #1332069d
@@ -204,7 +205,7 @@ def _fingerprint(self) -> str:
     "What the corpus is called: the same for the same sequences, anywhere."
     recipe = self.recipe
     return fingerprint({"collection": self.collection.fingerprint, "part": self.part, "mixture": dataclasses.asdict(self.mixture), "seed": recipe.seed,
-                        "max_tokens": recipe.max_tokens, "long_documents": recipe.long_documents, "eos": recipe.eos})
+                        "max_tokens": recipe.max_tokens, "long_documents": "carry, counted whole" if recipe.long_documents == "carry" else recipe.long_documents, "eos": recipe.eos})
 
 def _lengths(self) -> dict[str, np.ndarray]:  # source → (sequences,) tokens
     "Tokens of each chosen sequence that are targets."

@@ -331,7 +331,7 @@ def note_document(
     if not row["note_id"].strip() or not row["subject_id"].strip(): return Skip("no note_id or subject_id")
     if not all(map(is_unicode, row.values())): return Skip("no valid UTF-8")
     if not row["text"].strip(): return Skip("empty text", corrupt=False)
-    facts = {key: row[key] or None for key in NOTE_COLUMNS[1:-1]}
+    facts = {key: row[key] or None for key in NOTE_COLUMNS[1:-1]} | {"subject_id": row["subject_id"].strip()}
     return Document(row["note_id"].strip(), row["text"].strip(), "mimic", facts | ({"restricted": True} if restricted else {}))
 
 # %% ../nbs/02c_documents.ipynb #fdec9e3e

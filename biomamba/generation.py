@@ -239,8 +239,8 @@ def prompt_ids(
     try:
         if isinstance(prompt, str): ids = [tokenizer.eos_token_id] * start + tokenizer(prompt.encode().decode(), add_special_tokens=False).input_ids
         else: ids = [operator.index(i) for i in prompt]
-    except (TypeError, UnicodeEncodeError) as e: raise UserError(f"the prompt {prompt!r} is neither a text nor a list of token ids ({e})") from None
-    if not ids: raise UserError(f"the prompt {prompt!r} has no tokens; give at least one, or leave start=True")
+    except (TypeError, UnicodeEncodeError): raise UserError(f"a prompt of the type {type(prompt).__name__} is neither a text that can be written as UTF-8 nor a list of token ids") from None  # its words may be a patient's
+    if not ids: raise UserError("a prompt has no tokens; give at least one, or leave start=True")
     wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
     if wrong is not None: raise UserError(f"a prompt holds the token {wrong}; the model's vocabulary has the ids 0 to {vocabulary - 1}")
     return ids

@@ -6,16 +6,18 @@
 __all__ = ['lowest', 'test_texts']
 
 # %% ../nbs/08f_heldout.ipynb #ce8d550e
-import heapq
+import heapq, tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .collection import Collection
 from .documents import read_documents
-from .records import format_of
+from .language import normalize
+from .records import Document, format_of, stable_hash
 from .runs import UserError, resolve
 from .sample import WRITERS, sample_document
 from .sources import SAMPLE_SIZES, named_sources
-from .steps import place
+from .steps import held_out_size, place, whose
 
 # %% ../nbs/08f_heldout.ipynb #9bcb9e73
 def lowest(
@@ -23,14 +25,22 @@ def lowest(
     source: str,
     n: int,
 ) -> list[str]:  # at most n texts
-    "The texts whose ids hash lowest."
-    ranked = ((place(source, d.id), d.id, d.text) for d in documents)
+    "The texts whose ids hash lowest; a text that came before under another id is passed over, as a corpus removes it."
+    ranked = ((place(source, whose(d)), d.id, d.text) for d in _without_copies(documents))
     return [text for _, _, text in heapq.nsmallest(n, ranked)]
+
+def _without_copies(documents) -> Iterator[Document]:
+    seen = set()
+    for document in documents:
+        text = stable_hash(normalize(document.text))
+        if text not in seen: yield document
+        seen.add(text)
 
 def _sample_texts(source: str, n: int) -> list[str]:
     "The test texts of a source of the sample; only these are written."
     if source not in WRITERS: raise UserError(f"the built-in sample has no source '{source}'; it has {', '.join(WRITERS)}")
     ids = [f"sample-{source}-0-{i:06}" for i in range(SAMPLE_SIZES[source])]
+    n = min(n, held_out_size(len(ids))[0])  # a run on the sample trains on the others
     chosen = heapq.nsmallest(n, range(len(ids)), key=lambda i: (place(source, ids[i]), ids[i]))
     made = [sample_document(source, 0, i) for i in chosen]
     assert [d.id for d in made] == [ids[i] for i in chosen], "the sample's ids changed"
@@ -50,8 +60,8 @@ def _built_texts(collection: Collection, source: str, n: int) -> list[str]:
 # %% ../nbs/08f_heldout.ipynb #6e07809f
 def test_texts(
     corpus: str = "sample",            # "sample", a folder with a folder or file per source, a built corpus, or files of one source
-    sources: list[str] | None = None,  # which; None: all there
-    documents: int = 1000,             # of each source, at most
+    sources: list[str] | None = None,  # which; None: all there: every folder, and files that are named as a source of the sample
+    documents: int = 1000,             # of each source, at most; of the sample as many as a run on it holds out
 ) -> dict[str, list[str]]:  # source → texts
     "The held-out texts of a corpus."
     if documents < 2: raise UserError(f"documents={documents}; at least 2 of each source are accepted")
@@ -62,8 +72,10 @@ def test_texts(
         return {s: _built_texts(collection, s, documents) for s in sources or collection.manifest["sources"]}
     if not path.exists(): raise UserError(f"corpus {path} does not exist; a folder, a file or 'sample' is accepted")
     inside = sorted(p.name.split(".")[0] for p in path.iterdir() if p.is_dir() or format_of(p)) if path.is_dir() else []
-    there = [s for s in sources or WRITERS if s in inside]
-    if sources or there: return {name: lowest(s.read(Path(path)), name, documents) for name, s in named_sources(path, list(sources or there)).items()}
+    there = sources or [*(s for s in WRITERS if s in inside), *(s for s in inside if s and s not in WRITERS and (path / s).is_dir())]
+    if there:
+        with tempfile.TemporaryDirectory() as scratch:  # where MEDLINE's revisions are noted; in the folder itself they would outlive its next file
+            return {name: lowest(s.read(Path(scratch)), name, documents) for name, s in named_sources(path, list(there)).items()}
     return {path.name.split(".")[0]: lowest(read_documents(path, path.name.split(".")[0]), path.name.split(".")[0], documents)}
 
 test_texts.__test__ = False   # its name is not that of a test

@@ -47,13 +47,16 @@ def mean_tokens(
     recipe: Recipe,
     tokens_per_document: dict[str, float] | None = None,  # source -> tokens; None: `TOKENS_PER_DOCUMENT`
 ) -> float:                                               # tokens of a sequence without padding
-    "Mean tokens of a sequence over the mixture; no document counts more than `max_tokens`."
+    "Mean tokens of a sequence over the mixture; no document counts more than `max_tokens`, but one that is carried. A share of tokens is one of sequences by their length."
     tokens = TOKENS_PER_DOCUMENT | (tokens_per_document or {})
     unknown = sorted(set(recipe.mixture) - set(tokens))
     if unknown: raise UserError(f"No tokens per document are known for {', '.join(unknown)}; give them in tokens_per_document.")
     bad = [source for source in recipe.mixture if not 0 < tokens[source] < math.inf]
     if bad: raise UserError(f"tokens_per_document[{bad[0]!r}] is {tokens[bad[0]]}; a number above 0 is accepted.")
-    return sum(share * min(tokens[source], recipe.max_tokens) for source, share in recipe.mixture.items())
+    most = math.inf if recipe.long_documents == "carry" else recipe.max_tokens
+    counted = {source: min(tokens[source], most) for source in recipe.mixture}
+    if recipe.mixture_by == "tokens": return 1 / sum(share / counted[source] for source, share in recipe.mixture.items())
+    return sum(share * counted[source] for source, share in recipe.mixture.items())
 
 # %% ../nbs/09a_plan.ipynb #af384dce
 def linear_weights(recipe: Recipe) -> int:

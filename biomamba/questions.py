@@ -147,8 +147,9 @@ def check_official(
 
 # %% ../nbs/21a_questions.ipynb #c5d6de48
 def _natural(path: Path) -> list:
-    "The order of names with numbers as numbers: 12B2 before 12B10."
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", path.name)]
+    "The order of names: training first, numbers as numbers, so that 12B2 is before 12B10."
+    parts = [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", path.name)]
+    return [(0 if path.name.lower().startswith("training") else 1, ""), *parts]
 
 def bioasq_files(
     path: str | Path,   # a file, or a folder of batches
@@ -179,7 +180,7 @@ def read_bioasq_set(
 
 # %% ../nbs/21a_questions.ipynb #a9ce3e32
 def bioasq_parts(
-    folder: str | None = None,   # the last batch is test, the others train
+    folder: str | None = None,   # the last batch is test, the others train, and so does a file named training…
     train: str | None = None,    # or each by its own file or folder
     test: str | None = None,
 ) -> tuple[list[Path], list[Path]] | None:  # training files, test files; None where nothing was asked for

@@ -218,12 +218,16 @@ def curve_text(
 def find_runs(
     patterns: str,   # of run folders, relative to the project, such as "runs/tiny runs/real-*"
 ) -> dict[str, Path]:  # name → folder
-    "The finished runs that patterns match, by name; `UserError` for a pattern that matches none."
-    found = {}
+    "The finished runs that patterns match, by name, the second of a name with its parent's; `UserError` for a pattern that matches none."
+    found: dict[str, Path] = {}
     for pattern in patterns.split():
-        matched = {Path(p).parent.name: Path(p).parent for p in sorted(glob.glob(str(resolve(pattern) / "results.json")))}
+        matched = [Path(p).parent for p in sorted(glob.glob(str(resolve(pattern) / "results.json")))]
         if not matched: raise UserError(f"no finished run matches {pattern!r} in {project_root()}; `biomamba cpt` makes one in runs/tiny")
-        found |= matched
+        for folder in matched:
+            if folder in found.values(): continue
+            name = f"{folder.parent.name}/{folder.name}" if folder.name in found else folder.name
+            if name in found: raise UserError(f"{found[name]} and {folder} would both be called {name}; patterns that match one of them are accepted")
+            found[name] = folder
     return found
 
 # %% ../nbs/40_report.ipynb #6701c360

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'ROUGES', 'prompt_text', 'prompt_tokens', 'Answer', 'items_name', 'write_answers', 'kept_answers',
-           'open_public', 'write_public', 'NoteScore', 'first_tokens', 'score_answers', 'mean_rouge',
+           'open_public', 'last_ids', 'write_public', 'NoteScore', 'first_tokens', 'score_answers', 'mean_rouge',
            'rouge_difference', 'ranks', 'rank_correlation', 'loss_against_rouge', 'exact_rank_p', 'best_copy']
 
 # %% ../nbs/30d_scoring.ipynb #8f7d352a
@@ -104,6 +104,16 @@ def open_public(
         raise UserError(f"{name} cannot be opened as a public model ({str(error).splitlines()[0][:200]}); a local folder, or a name on the hub where there is a network, is accepted") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
+def last_ids(
+    ids: list[int],      # of a prompt, as its tokenizer gives it
+    special: list[int],  # ids that are no text
+    room: int,
+) -> list[int]:  # at most room
+    "The end of a prompt, behind the special tokens with which it begins."
+    lead = next((i for i, id in enumerate(ids) if id not in special), len(ids))
+    if room <= lead: raise UserError(f"the model's window leaves {max(0, room)} tokens for a prompt that begins with {lead} special ones; a model with a longer window is accepted")
+    return ids if len(ids) <= room else ids[:lead] + ids[len(ids) - room + lead:]
+
 def write_public(
     model,                     # of transformers
     tokenizer,                 # its own
@@ -114,7 +124,8 @@ def write_public(
     import torch
     answers, longest = [], getattr(model.config, "max_position_embeddings", None) or 2**30
     for item in progress(items, desc="writing", unit="text"):
-        ids = tokenizer(prompt_text(item.task, item.context), return_tensors="pt").input_ids[:, -(longest - max_new_tokens):].to(model.device)
+        read = last_ids(tokenizer(prompt_text(item.task, item.context)).input_ids, tokenizer.all_special_ids, longest - max_new_tokens)
+        ids = torch.tensor([read], device=model.device)
         with torch.inference_mode(): out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
         new = out[0, ids.shape[1]:]
         answers.append(Answer(item.id, tokenizer.decode(new, skip_special_tokens=True), len(new), "length" if len(new) == max_new_tokens else "eos"))
@@ -221,15 +232,15 @@ def loss_against_rouge(
 
 # %% ../nbs/30d_scoring.ipynb #5c6f71d1
 def exact_rank_p(
-    correlation: float,
-    settings: int,       # at most 9
+    a: Iterable[float],
+    b: Iterable[float],   # at most 9; equal values are equal in every order
 ) -> float:  # two-sided
-    "The share of all orders of that many settings whose rank correlation is at least as far from 0."
+    "The share of all orders of b whose rank correlation with a is at least as far from 0."
     from itertools import permutations
-    assert settings < 10
-    order = range(settings)
-    found = [abs(rank_correlation(order, other)) >= abs(correlation) - 1e-9 for other in permutations(order)]
-    return sum(found) / len(found)
+    x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
+    assert len(x) == len(y) < 10
+    found = np.abs(np.array([*permutations(y)]) @ x)
+    return float((found >= abs(x @ y) - 1e-9).mean())
 
 # %% ../nbs/30d_scoring.ipynb #09d8283f
 def best_copy(

@@ -35,7 +35,9 @@ def ids_of(
     what: str = "text",  # what it is, for the message
 ) -> np.ndarray:  # (n,) int64
     "The tokens of a text, no special one among them."
-    if not isinstance(text, str): raise UserError(f"the {what} is {text!r}; a string is accepted")
+    if not isinstance(text, str):
+        size = f" of length {len(text)}" if hasattr(text, "__len__") else ""     # never itself: it may be somebody's note
+        raise UserError(f"the {what} is a {type(text).__name__}{size}; a string is accepted")
     return np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, dtype=np.int64)
 
 # %% ../nbs/14_sft.ipynb #6f4b8518

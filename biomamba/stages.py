@@ -23,7 +23,7 @@ from .pipeline import Do, Engine, Read, Removed, Through, read_counts, run_stage
 from .records import Document, ReadReport, check_share, reasons
 from .runs import UserError, all_reasons, progress, write_atomic
 from .sources import Source
-from .steps import PARTS, Steps, english, long_enough, normalized, place, split, tokenizer_hash, train_tokenizer, wrap_tokenizer
+from .steps import PARTS, Steps, english, long_enough, normalized, place, split, tokenizer_hash, train_tokenizer, whose, wrap_tokenizer
 from .storage import batches, read_stream, tokenize, write_stream
 
 # %% ../nbs/04h_stages.ipynb #5ad3f676
@@ -100,7 +100,7 @@ class Keep:
         minima = np.stack([signature(shingles(d.text)) for d in documents])
         signatures.write(minima.astype("<u4").tobytes())
         found["keys"].append(keys); found["bands"].append(band_hashes(minima))
-        found["places"].append(np.array([[place(d.source, d.id), place(d.source, d.id, salt="base") if self.base else 1] for d in documents]))
+        found["places"].append(np.array([[place(d.source, whose(d)), place(d.source, whose(d), salt="base") if self.base else 1] for d in documents]))
         return pa.table({"id": pa.array([d.id for d in documents], pa.string()), "text": pa.array([d.text for d in documents], pa.large_string())})
 
 # %% ../nbs/04h_stages.ipynb #fe672f6d
@@ -218,6 +218,7 @@ def _decontaminate_stage(self, against: list[EvaluationSet]) -> None:
     if not against: return
     path = self.folder / "evaluation.json"
     write_atomic(path, json.dumps({s.name: [dataclasses.asdict(d) for d in s.documents] for s in against}))
+    path.chmod(0o600)     # its texts may be anybody's notes
     shards = tuple(functools.partial(survivors, self, rank) for rank in range(len(self.shards)))
     check = functools.partial(uncontaminated, path=path, words=self.steps.contamination_words)
     self.run("decontaminate", len(shards), Read(shards), Through("decontamination", check, self.folder / "counts"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_WORDS', 'PLAIN', 'HELD_OUT', 'SMALL', 'SMALL_SHARE', 'SMALL_LEAST', 'BASE_SHARE', 'PARTS', 'END', 'PAD', 'Steps',
-           'normalized', 'english', 'long_enough', 'place', 'held_out_size', 'split', 'train_tokenizer',
+           'normalized', 'english', 'long_enough', 'place', 'whose', 'held_out_size', 'split', 'train_tokenizer',
            'wrap_tokenizer', 'tokenizer_hash']
 
 # %% ../nbs/04f_steps.ipynb #7d37e6a0
@@ -33,7 +33,7 @@ class Steps:
 
     def __post_init__(self):
         if self.language not in ("en", None): raise UserError(f"language={self.language!r}; 'en', or None for texts of any language, is accepted")
-        if self.jaccard is not None and not 0.5 <= self.jaccard <= 1: raise UserError(f"jaccard={self.jaccard!r}; a similarity from 0.5 to 1, or None, is accepted")
+        if self.jaccard is not None and not LEAST <= self.jaccard <= 1: raise UserError(f"jaccard={self.jaccard!r}; a similarity from {LEAST}, for which the signatures are cut into bands, to 1, or None, is accepted")
         if not isinstance(self.min_words, int) or self.min_words < 1: raise UserError(f"min_words={self.min_words!r}; a whole number from 1 is accepted")
 
 # %% ../nbs/04f_steps.ipynb #a2058957
@@ -66,6 +66,13 @@ def place(
     "Where a document stands on the line that is cut into parts; uniform, and the same everywhere."
     return int.from_bytes(digest(f"{salt}\0{source}\0{id}")[:7], "big") / 2**56
 
+def whose(
+    document: Document,
+) -> str:  # by which `place` puts it
+    "Whose a document is: all notes of a patient stand in one place, so that no part holds what another says of them; any other document stands for itself."
+    patient = document.meta.get("subject_id")
+    return f"patient {patient}" if patient else document.id
+
 # %% ../nbs/04f_steps.ipynb #d0b268f8
 HELD_OUT, SMALL, SMALL_SHARE, SMALL_LEAST = 1_000, 10_000, 0.1, 5
 
@@ -93,7 +100,9 @@ def split(
     if len(places) < 2 * size + 2 or len(order) < 2 * size:
         raise UserError(f"source '{source}' has {len(places)} documents after cleaning; the held-out sets need {size} + {size} of them and training the rest, so at least {2 * SMALL_LEAST + 2} are accepted")
     parts = np.where(base & (places[:, 1] < BASE_SHARE.get(source, 0.5)), PARTS.index("base"), PARTS.index("train")).astype(np.uint8)
-    parts[order[-size:]], parts[order[:size]] = PARTS.index("validation"), PARTS.index("test")
+    low, high = np.searchsorted(places[order, 0], places[order[size - 1], 0], "right"), np.searchsorted(places[order, 0], places[order[-size], 0], "left")  # what stands in one place stays together
+    if low > high: raise UserError(f"source '{source}' has so few patients that a part would hold the notes of another's; more patients are accepted")
+    parts[order[high:]], parts[order[:low]] = PARTS.index("validation"), PARTS.index("test")
     for part in ("base", "train") if base else ("train",):
         if PARTS.index(part) not in parts: raise UserError(f"source '{source}' has {len(places)} documents after cleaning, and none of them falls to the part '{part}'; more documents are accepted")
     return parts

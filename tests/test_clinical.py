@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import time
 import traceback
 from collections import Counter
 from dataclasses import replace
@@ -14,14 +15,14 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from biomamba.checkpoints import save_model
-from biomamba.clinical import LIMITS, SIDES, TARGETS, TASKS, Item, Limits, discharge_item, load_notes, make_items, select_notes, side_of, synthetic_notes, without_copies
-from biomamba.clinical_tuning import open_clinical_run
-from biomamba.documents import NOTE_COLUMNS, read_mimic
+from biomamba.clinical import LIMITS, SIDES, TARGETS, TASKS, Item, Limits, admission_and_discharge, discharge_item, load_notes, make_items, select_notes, side_of, synthetic_notes, without_copies
+from biomamba.clinical_tuning import models_beside, open_clinical_run, score_stage, seeds_from
+from biomamba.documents import NOTE_COLUMNS, note_document, read_mimic
 from biomamba.guards import Hidden
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.records import Document
-from biomamba.runs import UserError, recipe, restricted
-from biomamba.scoring import Answer, kept_answers, score_answers
+from biomamba.runs import UserError, mark_restricted, recipe, restricted
+from biomamba.scoring import Answer, exact_rank_p, kept_answers, last_ids, score_answers, write_public
 from biomamba.sections import parse_sections
 from biomamba.steps import train_tokenizer, wrap_tokenizer
 
@@ -94,6 +95,11 @@ def test_a_planted_near_duplicate_leaves_the_side_that_is_not_scored(shaped):
     assert copy.id not in {n.id for side in SIDES for n in after.notes[side]} and test.id in {n.id for n in after.notes["test"]}
 
 
+def test_blanks_around_a_patients_id_are_no_other_patient():
+    notes = [note_document(dict.fromkeys(NOTE_COLUMNS, "1") | {"note_id": f"{i}", "subject_id": f"{blank}111{blank}"}) for i, blank in enumerate(("", " ", "\t"))]
+    assert [n.meta["subject_id"] for n in notes] == ["111"] * 3
+
+
 # ---------------------------------------------------------------- leaks
 
 def test_no_target_in_the_prompt_of_any_open_note(shaped):
@@ -131,6 +137,42 @@ def test_what_was_found_at_discharge_is_cut(header, forms):
         item = discharge_item(replace(note, text=text), Limits(None, None))
         assert MARKER in text and MARKER not in item.context, form
         assert "ADMISSION PHYSICAL EXAM" in item.context and "ADMISSION LABS" in item.context and "STUDIES" in item.context
+
+
+TURNED = ["PHYSICAL EXAM - DISCHARGE:", "PHYSICAL EXAMINATION, DISCHARGE", "Physical Exam: Discharge", "EXAM (DISCHARGE):", "Exam/discharge:", "Vitals, discharge:", "VS DC:", "DCPE:", "Final exam:"]
+TURNED_LABS = ["LABS (DISCHARGE):", "Labs - discharge", "LABS DISCHARGE", "LABS: DISCHARGE", "Labs, Discharge:", "**Labs [d/c]**", "Laboratory data, discharge:"]
+
+
+@pytest.mark.parametrize("form", TURNED + TURNED_LABS)
+def test_a_header_that_names_the_day_last_is_cut(form):
+    note = next(synthetic_notes(1, seed=6))
+    header, kept = ("DISCHARGE LABS:\n", "DISCHARGE PHYSICAL EXAM:\n") if form in TURNED_LABS else ("DISCHARGE PHYSICAL EXAM:\n", "DISCHARGE LABS:\n")
+    text = note.text.replace(header, f"{form}\n{MARKER}\nHEENT: {MARKER}\n")
+    item = discharge_item(replace(note, text=text), Limits(None, None))
+    assert MARKER in text and MARKER not in item.context and kept in text
+    assert "ADMISSION PHYSICAL EXAM" in item.context and "ADMISSION LABS" in item.context and "STUDIES" in item.context
+
+
+@pytest.mark.parametrize("form", ["LABS: no discharge noted", "Data regarding discharge from the ear: none", "Labs and discharge planning were discussed"])
+def test_a_line_that_only_speaks_of_a_discharge_is_kept(form):
+    note = next(synthetic_notes(1, seed=6))
+    item = discharge_item(replace(note, text=note.text.replace("DISCHARGE LABS:\n", f"{form}\n{MARKER}\n")), Limits(None, None))
+    assert MARKER in item.context
+
+
+@pytest.mark.parametrize("lines", ["\n" * 20_000, "***\n" * 20_000, "- -\n\t \n" * 10_000], ids=["blank", "stars", "dashes"])
+def test_lines_without_a_word_cost_no_time_and_change_nothing(lines):
+    note = next(synthetic_notes(1, seed=6))
+    def shown(filling):
+        text = note.text
+        for header in ("DISCHARGE PHYSICAL EXAM:\n", "DISCHARGE LABS:\n"):
+            assert header in text
+            text = text.replace(header, filling + header)
+        begin = time.perf_counter()
+        source, _ = admission_and_discharge(text)
+        return re.findall(r"\w+", "".join(text[a:b] for a, b in source)), time.perf_counter() - begin
+    (plain, _), (filled, seconds) = shown(""), shown(lines)
+    assert filled == plain and seconds < 20
 
 
 def test_source_and_target_may_not_meet():
@@ -229,6 +271,24 @@ def test_an_error_on_restricted_notes_loses_its_words(tmp_path, monkeypatch):
         load_notes(None, 10)
 
 
+def newborns(folder: Path, tokenizer) -> dict[str, Path]:
+    "A base and an adapted model of no size."
+    small = recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=512)
+    for seed, name in enumerate(("base", "adapted")):
+        save_model(new_model(mamba2_config(small), seed=seed), folder / name, tokenizer)
+    return {name: folder / name for name in ("base", "adapted")}
+
+
+def test_a_restricted_model_makes_the_run_restricted(tokenizer, tmp_path):
+    models = newborns(tmp_path, tokenizer)
+    mark_restricted(tmp_path / "adapted", "ward 7")
+    run = open_clinical_run(tmp_path / "run", **models, chosen=load_notes(None, 120), test_notes=3)
+    assert run.reason == restricted(tmp_path / "run") == "ward 7" and (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["restricted"] == "ward 7"
+    both = open_clinical_run(tmp_path / "both", **models, chosen=replace(load_notes(None, 120), restricted="ward 8"), test_notes=3)
+    assert both.reason == restricted(tmp_path / "both") == "ward 8; ward 7"
+
+
 def test_a_folder_of_somebody_is_neither_marked_nor_closed(tmp_path):
     (tmp_path / "home").mkdir(mode=0o755)
     (tmp_path / "home" / "thesis.tex").touch()
@@ -236,6 +296,74 @@ def test_a_folder_of_somebody_is_neither_marked_nor_closed(tmp_path):
     with pytest.raises(UserError, match="holds thesis.tex"):
         open_clinical_run(tmp_path / "home", tmp_path, tmp_path, chosen, 3)
     assert restricted(tmp_path / "home") is None and (tmp_path / "home").stat().st_mode & 0o077
+
+
+# ---------------------------------------------------------------- models beside, seeds, ranks
+
+def test_changed_weights_in_the_same_folder_write_anew(tokenizer, tmp_path, monkeypatch):
+    from biomamba import clinical_tuning
+    run = open_clinical_run(tmp_path / "run", **newborns(tmp_path, tokenizer), chosen=load_notes(None, 120), test_notes=2)
+    wrote = []
+    def write(model, tokenizer, items, max_new_tokens):
+        wrote.append(model)
+        return [Answer(item.id, "text", 1, "eos") for item in items]
+    monkeypatch.setattr(clinical_tuning, "open_public", lambda name: (name, tokenizer))
+    monkeypatch.setattr(clinical_tuning, "write_public", write)
+    folder = tmp_path / "public"
+    folder.mkdir()
+    for content, calls in ((b"1", 2), (b"1", 2), (b"2", 4)):
+        (folder / "model.safetensors").write_bytes(content)
+        score_stage(run, "public", folder, public=True)
+        assert wrote == [str(folder)] * calls, "one call for each of two tasks, where something is new"
+    for _ in range(2): score_stage(run, "hub", "some/model", public=True)
+    assert wrote[4:] == ["some/model"] * 2, "a hub name stays its name"
+
+
+def test_a_cut_prompt_keeps_the_tokens_it_begins_with(items):
+    assert last_ids([2, 5, 6, 7], [2, 0], 4) == [2, 5, 6, 7] and last_ids([2, 5, 6, 7], [2, 0], 3) == [2, 6, 7]
+    assert last_ids([2, 0, 5, 6, 7], [2, 0], 3) == [2, 0, 7] and last_ids([5, 6, 2, 7], [2], 2) == [2, 7]
+    for room in (1, 0, -5):
+        with pytest.raises(UserError, match=f"leaves {max(0, room)} tokens"):
+            last_ids([2, 5, 6], [2], room)
+
+
+class Beginning:
+    "A tokenizer that puts a token of its own first, as BioGPT's does."
+    all_special_ids = (2,)
+
+    def __call__(self, text, **_): return self
+    input_ids = property(lambda self: [2, *range(10, 500)])
+    def decode(self, ids, **_): return "text"
+
+
+def test_a_public_model_reads_its_first_token_and_the_end_of_the_prompt(items, monkeypatch):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)).eval()
+    seen, plain = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **given: seen.append(ids[0].tolist()) or plain(ids, **given))
+    write_public(model, Beginning(), items[:1], max_new_tokens=8)
+    assert seen == [[2, *range(500 - 55, 500)]]
+    with pytest.raises(UserError, match="leaves 0 tokens"):
+        write_public(model, Beginning(), items[:1], max_new_tokens=64)
+
+
+def test_models_of_the_same_folder_name_are_told_apart(tmp_path):
+    for name in ("a/x/model", "b/x/model", "c/b/x", "base/model", "tuned"): (tmp_path / name).mkdir(parents=True)
+    one, two, three, base, tuned = (str(tmp_path / name) for name in ("a/x/model", "b/x/model", "c/b/x", "base/model", "tuned"))
+    assert models_beside([one, two, tuned, one, "hub/x"]) == {"x": one, "b/x": two, "tuned": tuned, "hub/x": "hub/x"}
+    assert models_beside([base]) == {f"{tmp_path.name}/base": base}, "a stage of ours has that name"
+    with pytest.raises(UserError, match="called b/x"):
+        models_beside([one, two, three])
+
+
+@pytest.mark.parametrize("wrong", [[42, 42], "[1, 2, 1]", [True], [1, True], True, "true", 0, [], "three", [1.0]])
+def test_a_seed_counts_once(wrong):
+    with pytest.raises(UserError, match="each once"):
+        seeds_from(wrong)
+
+
+@pytest.mark.parametrize("values, p", [([0, 0, 0, 0, 0, 0.2], 0.333), ([0, 0, 0, 0, 0.1, 0.2], 0.067), ([0, 1, 2, 3, 4, 5], 0.003), ([1] * 6, 1.0)])
+def test_the_exact_p_permutes_the_values_themselves(values, p):
+    assert abs(exact_rank_p(range(6), values) - p) < 0.0005
 
 
 # ---------------------------------------------------------------- the run, on open notes
@@ -256,9 +384,7 @@ def stranger(folder: Path, tokenizer) -> str:
 
 @pytest.mark.slow
 def test_open_notes_run_through_and_no_text_gets_out(shaped, tmp_path, tokenizer):
-    small = recipe("tiny", d_model=32, layers=2, state=8, head_dim=16, vocabulary=512)
-    for seed, name in enumerate(("base", "adapted")):
-        save_model(new_model(mamba2_config(small), seed=seed), tmp_path / name, tokenizer)
+    newborns(tmp_path, tokenizer)
     given = {"scale": "tiny", "base": str(tmp_path / "base"), "adapted": str(tmp_path / "adapted"), "notes": str(shaped), "test_notes": 3}
     run = tmp_path / "run"
     papermill.execute_notebook(ROOT / "nbs/31_clinical_runs.ipynb", run.parent / "31.ipynb", cwd=ROOT, kernel_name="python3", progress_bar=False,

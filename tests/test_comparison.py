@@ -3,16 +3,18 @@ import json
 import math
 from pathlib import Path
 
+import papermill
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from biomamba.comparison import candidate, compare, cut, encode, fits, models_asked, open_model, round_trips, score_texts
 from biomamba.heldout import test_texts as texts_of
-from biomamba.runs import UserError
+from biomamba.runs import UserError, mark_restricted, restricted
 from biomamba.sample import sample_documents
 from biomamba.stand_ins import KINDS, OURS, stand_ins
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [d.text for source in ("pubmed", "c4", "wikipedia") for d in sample_documents(source, 12)]
 
 
@@ -96,3 +98,17 @@ def test_code_in_a_folder_is_not_run(places, tmp_path):
     with pytest.raises(UserError, match="could not be opened"):
         candidate("own", tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_stand_ins_do_not_spell_restricted_texts(tmp_path):
+    "A tokenizer spells out the words that it has met: beside restricted texts it meets the sample's."
+    (tmp_path / "ward" / "notes").mkdir(parents=True)
+    lines = [json.dumps({"id": str(i), "text": f"Mr Quarkfield was seen by Zebulon again on day {i} with a painful spleen and told so."}) + "\n" for i in range(30)]
+    (tmp_path / "ward" / "notes" / "notes.jsonl").write_text("".join(lines))
+    mark_restricted(tmp_path / "ward" / "notes", "ward 7")
+    papermill.execute_notebook(ROOT / "nbs/12_compare.ipynb", tmp_path / "out.ipynb", cwd=ROOT, kernel_name="python3", progress_bar=False,
+                               parameters={"corpus": str(tmp_path / "ward"), "sources": "notes", "documents": 3, "run_dir": str(tmp_path / "run")})
+    assert restricted(tmp_path / "run") == "ward 7" and (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    made = [p for p in [*(tmp_path / "run").rglob("*"), tmp_path / "out.ipynb"] if p.is_file()]
+    assert (tmp_path / "run" / "results.json") in made and not [p for p in made if b"Quarkfield" in p.read_bytes() or b"Zebulon" in p.read_bytes()]

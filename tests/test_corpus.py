@@ -211,6 +211,21 @@ def test_the_named_mixtures_on_a_corpus(tmp_path, tokenizer):
     assert np.array_equal(twice.index, again.index) and np.array_equal(twice[7], again[7])
 
 
+def test_documents_that_are_carried_count_whole(tmp_path, tokenizer):
+    "Cut to max_tokens they filled another share of the tokens than was asked for."
+    made = make(tmp_path, {name: sample_source(name, n) for name, n in (("pubmed", 300), ("wikipedia", 200))}, tokenizer)
+    chosen = recipe("tiny", long_documents="carry", max_tokens=64, mixture={"pubmed": 0.5, "wikipedia": 0.5}, mixture_by="tokens")
+    corpus = Corpus(made, chosen)
+    trained = {s: sum(len(made.documents("train", s)[int(row)]) + 1 for row in corpus.index["row"][corpus.index["source"] == k]) for k, s in enumerate(corpus.names)}
+    assert {s: int(n.sum()) for s, n in corpus.lengths.items()} == trained
+    assert max(corpus.lengths["wikipedia"]) > 64 and trained["pubmed"] / sum(trained.values()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_similarities_that_the_bands_do_not_find_are_refused():
+    for jaccard in (0.5, 0.79, 1.01):
+        with pytest.raises(UserError, match="from 0.8"): Steps(jaccard=jaccard)
+
+
 def test_a_spoiled_choice_is_refused(tmp_path, tokenizer):
     made, chosen = make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer), recipe("tiny", mixture={"pubmed": 1.0})
     Corpus(made, chosen)

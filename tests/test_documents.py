@@ -91,7 +91,7 @@ def test_ids_are_stable_text(tmp_path):
     rows = [{"text": "a", "url": "https://e.org"}, {"text": "b"}, {"text": "c", "id": 3}, {"text": "d", "title": "D"}, {"text": "e", "pmid": "05", "id": "x"}]
     found, _ = read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     import hashlib
-    assert [d.id for d in found] == [hashlib.sha256(b"https://e.org").hexdigest()[:24], hashlib.sha256(b"b").hexdigest()[:24], "3", "D", "05"]
+    assert [d.id for d in found] == [hashlib.sha256(b"https://e.org").hexdigest()[:24], hashlib.sha256(b"b").hexdigest()[:24], "3", hashlib.sha256(b"d").hexdigest()[:24], "05"]
 
 
 def test_columns_by_name(tmp_path):

@@ -444,7 +444,7 @@ def test_bad_input(tokenizer):
            (["a"], dict(stop=("",)), "empty string"), ("a", {}, "one string"), ([""], dict(start=False), "no tokens"), ([[]], {}, "no tokens"),
            (["a"], dict(max_new_tokens=2.5), "2.5"), (["a"], dict(max_new_tokens="5"), "'5'"), (["a"], dict(max_new_tokens=None), "None"), (["a"], dict(temperature="1"), "'1'"),
            (["a"], dict(top_k=2.5), "2.5"), (["a"], dict(stop=3), "stop is"), (["a"], dict(stop=["b", 3]), "stop is"), (["a"], dict(temperature=1e-40), "temperature is 1e-40"),
-           (None, {}, "prompts is None"), ([None], {}, "None is neither a text"), ([[1.7]], {}, "neither a text"), (["\ud800"], {}, "neither a text"), ([torch.zeros(2, 2).long()], {}, "neither a text"),
+           (None, {}, "prompts is None"), ([None], {}, "NoneType is neither a text"), ([[1.7]], {}, "neither a text"), (["\ud800"], {}, "neither a text"), ([torch.zeros(2, 2).long()], {}, "neither a text"),
            ([[5, ROWS]], {}, f"token {ROWS}"), ([[-1]], {}, "token -1"), (["a"], dict(max_tokens=5), "max_tokens")]
     for prompts, options, says in bad:
         with pytest.raises(UserError, match=says): generate(model, tokenizer, prompts, **options)

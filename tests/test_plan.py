@@ -40,6 +40,13 @@ def test_sequences_are_those_of_a_walk_through_the_epochs(steps):
 def test_a_document_counts_no_more_than_a_sequence_holds():
     r = recipe("130m", mixture={"c4": 0.5, "wikipedia": 0.5})
     assert mean_tokens(r, {"c4": 100, "wikipedia": 9000}) == (100 + 1024) / 2
+    assert mean_tokens(replace(r, long_documents="carry"), {"c4": 100, "wikipedia": 9000}) == (100 + 9000) / 2
+
+
+def test_shares_of_tokens_are_shares_of_sequences_by_their_length():
+    r = recipe("130m", mixture={"c4": 0.8, "wikipedia": 0.2}, mixture_by="tokens")
+    mean = mean_tokens(r, {"c4": 50, "wikipedia": 1000})
+    assert mean == pytest.approx(1 / (0.8 / 50 + 0.2 / 1000))  # 80 tokens of c4 are 1.6 sequences, 20 of Wikipedia 0.02
 
 
 def test_a_fully_padded_mixture_costs_what_the_padded_rows_cost():

@@ -176,6 +176,12 @@ def test_batches_are_ordered_by_their_numbers(tmp_path):
     assert len(train) == 2 and [p.name for p in test] == ["12B10_golden.json"]
 
 
+def test_a_training_file_is_never_the_test(tmp_path):
+    for name in ("training13b", "training12b", "13B4_golden", "13B1_golden"): write_json(tmp_path / f"{name}.json", {"questions": []})
+    train, test = bioasq_parts(str(tmp_path))
+    assert [p.stem for p in train] == ["training12b", "training13b", "13B1_golden"] and [p.stem for p in test] == ["13B4_golden"]
+
+
 # ---------------------------------------------------------------- bad input
 
 def entry(**fields) -> dict:

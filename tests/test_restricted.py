@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from biomamba import documents
+from biomamba.corpus import open_collection
 from biomamba.guards import Hidden
+from biomamba.recipe import recipe
 from biomamba.records import ReadReport
 from biomamba.runs import UserError, restricted
 from biomamba.sample import sample_documents, sample_notes
+from biomamba.sources import named_sources
+from biomamba.steps import train_tokenizer, wrap_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "Zyxquarvel"  # planted in every note; no tokenizer, template or sample has it
@@ -81,6 +85,20 @@ def made(texts, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
                    "--overrides", json.dumps(SMALL), cache=place / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     return place, done
+
+
+def test_a_corpus_keeps_the_notes_of_a_patient_in_one_part(tmp_path, monkeypatch):
+    "By the hash of each note two thirds of the test notes were of patients who were trained on."
+    monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "discharge.csv.gz").write_bytes(gzip.compress(as_csv(list(sample_notes(300))).encode()))
+    notes = named_sources(tmp_path, ["notes"])
+    patient = {d.id: d.meta["subject_id"] for d in notes["notes"].read(tmp_path)}
+    tokenizer = wrap_tokenizer(train_tokenizer((d.text for d in sample_documents("c4", 50)), 400))
+    built = open_collection(notes, recipe("tiny", mixture={"notes": 1.0}), tokenizer=tokenizer)
+    apart = {part: [patient[id] for id in built.documents(part, "notes").ids] for part in ("train", "validation", "test")}
+    assert not set(apart["train"]) & set(apart["test"]) and not set(apart["train"]) & set(apart["validation"]) and not set(apart["test"]) & set(apart["validation"])
+    assert all(len(apart[part]) >= 25 for part in ("validation", "test")) and len(set(apart["train"])) < len(apart["train"])
 
 
 def test_the_notes_were_read_and_trained_on(made):
@@ -290,6 +308,57 @@ def test_a_search_finds_what_stands_anywhere(tmp_path, monkeypatch):
         assert guards.files_with(tmp_path, [MARKER, "nowhere"]) == ["file"], at
     (tmp_path / "file").write_text(MARKER[:-1])
     assert guards.files_with(tmp_path, [MARKER, "nowhere"]) == []
+
+
+LINE = "The patient's daughter reports that he fell at home & hit his head on \"tiles\" <hard> – twice"
+
+
+def written(spelled) -> dict:
+    "Ways in which a program may write a line, each around another."
+    import html
+    page = f"<td>{html.escape(spelled)}</td>"
+    return {"html": page, "html in json": json.dumps({"text/html": [page]}), "html without quotes": html.escape(spelled, quote=False), "json": json.dumps(spelled),
+            "template": page.replace("&quot;", "&#34;").replace("&#x27;", "&#39;"), "json in json": json.dumps({"p": json.dumps({"t": spelled})}),
+            "json as it is": json.dumps(spelled, ensure_ascii=False), "json in html": html.escape(json.dumps(spelled))}
+
+
+@pytest.mark.parametrize("way", written(""))
+def test_a_search_finds_what_is_escaped(way, tmp_path):
+    from biomamba.guards import check_no_text
+    notes = [f"Service: MEDICINE\n{LINE}\nshort", "Service: MEDICINE\nAnother note, whose only long line is this one."]
+    (tmp_path / "file").write_text(written("nothing of them")[way])
+    assert check_no_text(tmp_path, notes) == 2
+    (tmp_path / "file").write_text(written(LINE)[way])
+    with pytest.raises(Hidden, match="in file:"):
+        check_no_text(tmp_path, notes)
+
+
+@pytest.mark.parametrize("ending", ["", "\nAddendum.", "\nAddendum: seen again by the attending, who agrees with all of the above."])
+def test_a_search_finds_a_note_that_came_twice(ending, tmp_path):
+    from biomamba.guards import check_no_text
+    shared = "Please keep your appointment with your doctor, and bring all your medicines to it."
+    note = f"Service: MEDICINE\n{LINE}\nHe was well\nHis wound was dressed\n{shared}"
+    others = [f"Service: SURGERY\nNote {i} has this line, which stands in no other note.\n{shared}" for i in range(12)]
+    (tmp_path / "file").write_text(LINE)
+    with pytest.raises(Hidden, match="in file:"):
+        check_no_text(tmp_path, [note, note + ending, *others])
+    (tmp_path / "file").write_text(shared)
+    assert check_no_text(tmp_path, [note, note + ending, *others]) >= 13, "what all share is template"
+
+
+def test_evaluation_notes_stand_in_a_closed_folder(texts, tmp_path, monkeypatch):
+    from biomamba import building, stages
+    from biomamba.runs import mark_restricted
+    mark_restricted(tmp_path / "evals", "ward 7")
+    (tmp_path / "evals" / "notes.jsonl").write_text(json.dumps({"id": "1", "text": f"{MARKER} was admitted with a ruptured spleen after a fall from a red ladder."}) + "\n")
+    def fails(work):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(stages.Work, "hold_out", fails)
+    monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(KeyboardInterrupt):
+        building.build(str(texts), str(tmp_path / "corpus"), mixture='{"pubmed": 1}', against=str(tmp_path / "evals"))
+    [path] = tmp_path.rglob("evaluation.json")
+    assert MARKER in path.read_text() and mode(path) == "600" and mode(path.parent) == "700"
 
 
 def test_surprisal_under_a_restricted_model_shows_means(made):

@@ -13,7 +13,7 @@ from biomamba.found import KINDS, find, runs_table
 from biomamba.paper_results import published_table
 from biomamba.pictures import language_figure, said, workflow_figure
 from biomamba.recipe import deciding, recipe
-from biomamba.report import save_figure
+from biomamba.report import find_runs, save_figure
 from biomamba.runs import UserError, mark_restricted
 from biomamba.sheets import all_sheets, latex_text, results, sheet, write_sheets
 from biomamba.statistics import Interval
@@ -52,6 +52,14 @@ def test_runs_are_told_by_what_they_found_and_not_by_their_names(runs):
     assert {name: run.kind for name, run in found.items()} == {"130m": "cpt", "odd": "unknown", "short": "cpt", "tiny": "cpt"}
     rows = {row[0]: row for row in runs_table(list(found.values())).rows}
     assert rows["130m"][4] == "synthetic sample" and rows["short"][5] == "steps=20" and rows["odd"][1] == "unknown" and rows["tiny"][6] == "a" * 12
+
+
+def test_runs_of_the_same_folder_name_are_told_apart(tmp_path):
+    a, b, c = (write_run(tmp_path / name, {}) for name in ("a/tiny", "b/tiny", "c/b/tiny"))
+    assert find_runs(f"{tmp_path}/a/tiny {tmp_path}/*/tiny") == {"tiny": a, "b/tiny": b}
+    assert find_runs(f"{tmp_path}/b/* {tmp_path}/a/*") == {"tiny": b, "a/tiny": a}
+    with pytest.raises(UserError, match="would both be called b/tiny"):
+        find_runs(f"{tmp_path}/*/tiny {c}")
 
 
 def test_every_run_notebook_that_leaves_results_is_a_kind():

@@ -158,6 +158,13 @@ def test_only_the_context_is_cut_and_from_its_left(tokenizer, before, context, a
     assert np.array_equal(same, e.prompt) and cut == e.cut
 
 
+@pytest.mark.parametrize("given, says", [(["Mr Quarkfield fell"], "a list of length 1"), (b"Mr Quarkfield", "a bytes of length 13"), (None, "a NoneType"), (3.5, "a float")])
+def test_what_is_no_text_is_not_quoted(tokenizer, given, says):
+    with pytest.raises(UserError) as caught:
+        make_example("q", "", given, "", "yes", tokenizer, 64)
+    assert str(caught.value) == f"the context of q is {says}; a string is accepted"
+
+
 def test_parts_are_tokenized_apart(tokenizer):
     word = max((tokenizer.decode([i]) for i in range(2, 400)), key=len)
     assert len(ids_of(word, tokenizer)) == 1                # one token, as one text
@@ -357,8 +364,8 @@ def test_other_mistakes(base, tokenizer, tmp_path, whole):
     (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="holds thesis.txt"): fine_tune(tmp_path / "mine", base, TRAIN, VALIDATION, SMALL)
     with pytest.raises(UserError, match="the answer of q7 is empty"): make_example("q7", "", "text", "?", "", tokenizer, 64)
-    with pytest.raises(UserError, match="the context of q7 is None"): make_example("q7", "", None, "?", " yes", tokenizer, 64)
-    with pytest.raises(UserError, match="the answer of q7 is 3"): make_example("q7", "", "text", "?", 3, tokenizer, 64)
+    with pytest.raises(UserError, match="the context of q7 is a NoneType;"): make_example("q7", "", None, "?", " yes", tokenizer, 64)
+    with pytest.raises(UserError, match="the answer of q7 is a int;"): make_example("q7", "", "text", "?", 3, tokenizer, 64)
     with pytest.raises(UserError, match="without its context has 3 tokens, and there is room for 2"): make_prompt("a", "text", "?", tokenizer, 2)
     model = load_model(base)
     with pytest.raises(UserError, match="candidate 1 has no tokens"): candidate_scores(model, [A.prompt], [A.answer, []])

@@ -28,7 +28,7 @@ from biomamba.plan import memory_parts
 from biomamba.processes import start_accelerator
 from biomamba.recipe import recipe
 from biomamba.runs import Recipe, Run, UserError
-from biomamba.training import checkpoint_steps, identity_of, prepare_state, pretrain, with_device_batch
+from biomamba.training import checkpoint_steps, identity_of, prepare_state, pretrain, tidy, with_device_batch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -206,6 +206,14 @@ def test_a_run_stopped_at_a_step_with_a_validation_resumes_with_the_validation(f
 
 
 # ---------------------------------------------------------------- disks and files
+
+def test_a_checkpoint_between_two_renames_is_put_back(tmp_path):
+    for name in (".step-0000003.ab/old", ".step-0000003.ab/content", ".step-0000002.cd/old", "step-0000002", ".step-0000001.ef/content"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "state").write_text(name)
+    tidy(tmp_path)
+    assert {f.name: (f / "state").read_text() for f in tmp_path.iterdir()} == {"step-0000003": ".step-0000003.ab/old", "step-0000002": "step-0000002"}
+
 
 def test_a_file_that_may_not_grow_is_one_sentence_and_the_run_resumes(forked, collection, base, whole, tmp_path):
     run = claimed(tmp_path / "run", SMALL, collection, base)
