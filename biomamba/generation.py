@@ -59,7 +59,7 @@ def options_from(
     _check_kinds(o)
     if o.max_new_tokens < 1: raise UserError(f"max_new_tokens is {o.max_new_tokens}; it must be at least 1")
     if o.batch_size < 1: raise UserError(f"batch_size is {o.batch_size}; it must be at least 1")
-    if not (o.temperature == 0 or o.temperature >= COLDEST): raise UserError(f"temperature is {o.temperature}; it must be 0 (the most likely token), or {COLDEST} or more, by which logits can be divided")
+    if not (o.temperature == 0 or o.temperature >= COLDEST): raise UserError(f"temperature is {o.temperature}; it must be 0 (the most likely token) or more, and from {COLDEST} on if it is more: by less, logits overflow")
     if o.top_k is not None and o.top_k < 1: raise UserError(f"top_k is {o.top_k}; it must be at least 1, or None")
     if o.top_p is not None and not 0 < o.top_p <= 1: raise UserError(f"top_p is {o.top_p}; it must be above 0 and at most 1, or None")
     if not all(o.stop): raise UserError("stop holds an empty string, which would end every text before it begins")
