@@ -201,6 +201,7 @@ def collection_key(
     return fingerprint({"format": FORMAT, "sources": {n: s.origin for n, s in sorted(work.sources.items())}, "tokenizer": tokenizer, "steps": work.parameters,
                         "base": work.base, "against": {s.name: s.sha256 for s in against}})
 
+# %% ../nbs/04i_collection.ipynb #c0a1b031
 def build_collection(
     work: Work,
     folder: Path,     # where it shall stand
@@ -223,6 +224,7 @@ def build_collection(
         raise
     shutil.rmtree(work.folder)
 
+# %% ../nbs/04i_collection.ipynb #c0a1b032
 def _close(
     folder: Path,  # of the work; made when it is not there
 ) -> None:

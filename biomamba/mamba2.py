@@ -244,8 +244,7 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
     "transformers' Mamba-2 language model with packed documents, our scan and a loss without logits."
 
     def __init__(self, config: Mamba2Config):
-        check_config(config)
-        super().__init__(config)
+        check_config(config); super().__init__(config)
         for layer in cast(list[Mamba2Block], self.backbone.layers): layer.mixer.__class__, layer.norm.__class__ = BioMambaMixer, BioMambaRMSNorm
         self.backbone.norm_f.__class__ = BioMambaRMSNorm
 
@@ -261,24 +260,20 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
         return_dict: bool | None = None, **kwargs,  # kwargs: those of BACKBONE
     ) -> Mamba2CausalLMOutput | tuple:
         "Logits, or with targets or labels the loss alone."
-        kwargs, items = _passed(kwargs, seq_idx is not None), None if num_items_in_batch is None else int(num_items_in_batch)
-        shape = _shape_of(input_ids, kwargs.get("inputs_embeds"))
-        expect(shape, seq_idx=seq_idx, targets=targets, labels=labels)
-        if seq_idx is not None: seq_idx = consecutive(seq_idx)
+        kwargs = _passed(kwargs, seq_idx is not None)
+        expect(_shape_of(input_ids, kwargs.get("inputs_embeds")), seq_idx=seq_idx, targets=targets, labels=labels)
+        seq_idx, items = None if seq_idx is None else consecutive(seq_idx), None if num_items_in_batch is None else int(num_items_in_batch)
         if labels is not None: targets = _shifted(labels, seq_idx)
-        if targets is not None and use_cache is None: use_cache = False
         rows, owed = (None, None) if targets is None else look_up(self.backbone.embeddings, input_ids, self.lm_head)
-        if rows is not None: input_ids, kwargs = None, kwargs | {"inputs_embeds": rows}
-        out = self.backbone(input_ids, seq_idx=seq_idx, use_cache=use_cache, return_dict=True, **kwargs)
+        given = {"input_ids": input_ids} if rows is None else {"inputs_embeds": rows}
+        out = self.backbone(**kwargs | given, seq_idx=seq_idx, use_cache=False if targets is not None and use_cache is None else use_cache, return_dict=True)
         loss, logits = _head(self, out.last_hidden_state, targets, reduction, items, logits_to_keep, rows, owed)
-        out = Mamba2CausalLMOutput(loss=loss, logits=logits, cache_params=out.cache_params, hidden_states=out.hidden_states)
-        return out.to_tuple() if return_dict is False else out
+        found = Mamba2CausalLMOutput(loss=loss, logits=logits, cache_params=out.cache_params, hidden_states=out.hidden_states)
+        return found.to_tuple() if return_dict is False else found
 
     def save_pretrained(self, folder, **kwargs): _save_plain(self, folder, **kwargs)
 
-    def push_to_hub(self, *args, **kwargs):
-        refuse_upload(getattr(self.config, "restricted", None))
-        return super().push_to_hub(*args, **kwargs)
+    def push_to_hub(self, *args, **kwargs): refuse_upload(getattr(self.config, "restricted", None)); return super().push_to_hub(*args, **kwargs)
 
 # %% ../nbs/06b_mamba2.ipynb #d1864dcb
 def _head(

@@ -104,6 +104,7 @@ def open_public(
         raise UserError(f"{name} cannot be opened as a public model ({str(error).splitlines()[0][:200]}); a local folder, or a name on the hub where there is a network, is accepted") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
+# %% ../nbs/30d_scoring.ipynb #c0a1b033
 def last_ids(
     ids: list[int],      # of a prompt, as its tokenizer gives it
     special: list[int],  # ids that are no text
@@ -114,6 +115,7 @@ def last_ids(
     if room <= lead: raise UserError(f"the model's window leaves {max(0, room)} tokens for a prompt that begins with {lead} special ones; a model with a longer window is accepted")
     return ids if len(ids) <= room else ids[:lead] + ids[len(ids) - room + lead:]
 
+# %% ../nbs/30d_scoring.ipynb #c0a1b034
 def write_public(
     model,                     # of transformers
     tokenizer,                 # its own

@@ -470,6 +470,14 @@ def step_sizes(
     if dt_softplus: dt = F.softplus(dt)
     return dt if tuple(dt_limit) == (0.0, float("inf")) and dt_softplus else dt.clamp(*dt_limit)
 
+# %% ../nbs/06a_ssd.ipynb #c0a1b035
+def _check_scan(x, dt, A, B, C, D, chunk_size, dt_bias, initial_states, seq_idx) -> None:
+    "Raise ValueError unless the tensors of `chunk_scan` fit each other."
+    (b, T, H, P), (G, N) = x.shape, B.shape[2:]
+    expect((H, P) if D is not None and D.dim() == 2 else (H,), D=D)
+    if not b or not G or H % G or chunk_size < 1: raise ValueError(f"{b} sequences of {H} heads in {G} groups in chunks of {chunk_size} were given; of each one at least, and heads that the groups share evenly")
+    expect((b, T, H), dt=dt); expect((b, T, G, N), B=B, C=C); expect((H,), A=A, dt_bias=dt_bias); expect((b, H, P, N), initial_states=initial_states); expect((b, T), seq_idx=seq_idx)
+
 # %% ../nbs/06a_ssd.ipynb #fa7eda51
 def chunk_scan(
     x: Tensor,                             # (batch, T, H, P)
@@ -487,11 +495,9 @@ def chunk_scan(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:       # (batch, T, H, P) as x; with the last states (batch, H, P, N) if asked for
     "The scan of one Mamba-2 layer, in chunks, differentiable in every tensor; raises ValueError where shapes do not fit each other."
-    (b, T, H, P), (G, N), real = x.shape, B.shape[2:], torch.promote_types(x.dtype, torch.float32)
-    if not b or not G or H % G or chunk_size < 1: raise ValueError(f"{b} sequences of {H} heads in {G} groups in chunks of {chunk_size} were given; of each one at least, and heads that the groups share evenly")
-    expect((b, T, H), dt=dt); expect((b, T, G, N), B=B, C=C); expect((H,), A=A, dt_bias=dt_bias); expect((b, H, P, N), initial_states=initial_states); expect((b, T), seq_idx=seq_idx)
+    (b, T, H, P), G, real = x.shape, B.shape[2], torch.promote_types(x.dtype, torch.float32)
+    _check_scan(x, dt, A, B, C, D, chunk_size, dt_bias, initial_states, seq_idx)
     wide, D = (D, None) if D is not None and D.dim() == 2 else (None, D)
-    expect((H, P), D=wide); expect((H,), D=D)
     function = LoopScan if by_loops(x) else ChunkScan
     piece = lambda v: cut(v if function is LoopScan else v.to(real), chunk_size)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit).to(real)
@@ -501,8 +507,7 @@ def chunk_scan(
     heads = lambda v: v.unflatten(2, (G, -1))
     y, last = function.apply(heads(piece(x)), heads(piece(dt)), heads(piece(dt * A.to(real))), piece(B), piece(C), D.view(G, -1), start, ids, b)
     y = y.reshape(b, -1, H, P)[:, :T]
-    if wide is not None: y = y.to(real) + x.to(real) * wide.to(real)
-    y = y.to(x.dtype)
+    y = (y if wide is None else y.to(real) + x.to(real) * wide.to(real)).to(x.dtype)
     return (y, _state_out(last)) if return_final_states else y
 
 # %% ../nbs/06a_ssd.ipynb #ae317925
