@@ -29,7 +29,7 @@ from .lanes import I64, WORD, Lanes, exponential, over_sigmoid, rounded, widened
 
 # %% ../nbs/06_loops.ipynb #6631d41e
 MATH = {"contract", "reassoc", "arcp", "nsz"}  # of LLVM's liberties with floating point; not among them: that nothing is NaN
-ROOMS = ("lanes.py", "loops.py", "norm_loops.py", "products.py", "registers.py", "scan_loops.py", "state_halves.py", "tile_products.py", "tile_scan.py", "tile_scan_backward.py", "token_loops.py", "transpose.py", "window_loops.py")  # of compiled code
+ROOMS = ("lanes.py", "loops.py", "matrix_tiles.py", "norm_loops.py", "products.py", "registers.py", "scan_loops.py", "state_halves.py", "tile_products.py", "tile_scan.py", "tile_scan_backward.py", "token_loops.py", "transpose.py", "window_loops.py")  # of compiled code
 KEEP = "__file__" in globals()  # compiled code is kept on disk by a module, not by a notebook
 SOURCES = hashlib.sha256(b"".join(pkgutil.get_data("biomamba", room) or b"" for room in ROOMS)).hexdigest()[:12] if KEEP else ""
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['i64', 'BLOCK', 'TILE', 'PAGE', 'STREAMS', 'AHEAD', 'NEAR', 'ACROSS', 'FIELDS', 'take', 'whole', 'floats', 'halves',
            'Shared', 'shared', 'Job', 'in_turn', 'chain', 'up', 'laid_out', 'in_large_pages', 'fetch', 'panel',
-           'by_vectors', 'tiles', 'tile_panel', 'row_panel', 'by_tiles', 'blend', 'multiplies', 'Product']
+           'by_vectors', 'tile_panel', 'row_panel', 'by_tiles', 'blend', 'multiplies', 'Product']
 
 # %% ../nbs/06_products.ipynb #411bbb47
 import contextlib, ctypes, functools, mmap
@@ -22,6 +22,7 @@ from numba.core.registry import cpu_target
 from torch import Tensor
 
 from .lanes import features
+from .matrix_tiles import EXACT, Tiles, give_tiles_back, small_as_zero, take_tiles, tiles
 from .loops import KEEP, MATH, _openmp, by_loops, in_llvm, inline, of_these_sources
 
 # %% ../nbs/06_products.ipynb #f752b311
@@ -281,50 +282,29 @@ def by_vectors(p):
         unit = take(p)
 
 # %% ../nbs/06_products.ipynb #50d0d609
-@functools.cache
-def tiles() -> bool:
-    "Whether the processor that is compiled for multiplies tiles of bf16, and this process may."
-    return "+amx-bf16" in features(cpu_target.target_context) and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-
-def _shapes(b, streams, rows):
-    "What tiles hold: 64 bytes a line; those of weights 16 lines, the others a line for each row."
-    bytes_ = [0] * 64
-    bytes_[0], bytes_[16:32:2], bytes_[48:56] = 1, [64] * 8, [16] * 8
-    shapes = ir.Constant(ir.VectorType(_I8, 64), bytes_)
-    for k in range(streams + 1): shapes = b.insert_element(shapes, b.trunc(rows, _I8), _I32(48 + k))
-    return b.bitcast(cgutils.alloca_once_value(b, shapes), _I8.as_pointer())
-
-# %% ../nbs/06_products.ipynb #f2945a63
 def tile_panel(
     streams: int,  # blocks side by side, at most 6: there are eight tiles
 ) -> Callable:  # as of `panel`; up to 16 rows, and a step is 32 inputs
-    "Blocks of outputs of some rows, by tiles."
+    "Blocks of outputs of some rows, by tiles: those of weights have 16 lines, the others a line for each row."
     def build(context, b, signature, args):
         weight, apart, x, x_step, y, y_step, steps, rows = args
-        def call(name, *values):
-            b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [v.type for v in values]), f"llvm.x86.{name}"), values)
-        call("ldtilecfg", _shapes(b, streams, rows))
-        for s in range(streams): call("tilezero", _I8(s))
+        lines = [rows] * (streams + 1) + [_I64(16)] * (7 - streams)
+        take_tiles(b, lines)
+        some = Tiles(b, lines)
+        for s in range(streams): some.zero(s)
         with cgutils.for_range(b, steps) as loop:
-            call("tileloadd64", _I8(streams), _at(b, b.add(x, b.mul(loop.index, _I64(64))), _I8), x_step)
+            some.load(streams, b.add(x, b.mul(loop.index, _I64(64))), x_step)
             for s in range(streams):
                 start, spare = b.add(b.add(weight, b.mul(apart, _I64(s))), b.mul(loop.index, _I64(1024))), streams + 1 + s % (7 - streams)
                 for line in range(0, 1024, 64): _prefetch(b, b.add(start, _I64(AHEAD + line)))
-                call("tileloadd64", _I8(spare), _at(b, start, _I8), _I64(64))
-                call("tdpbf16ps", _I8(s), _I8(streams), _I8(spare))
-        for s in range(streams): call("tilestored64", _I8(s), _at(b, b.add(y, _I64(64 * s)), _I8), y_step)
-        call("tilerelease")
+                some.load(spare, start, _I64(64))
+                some.multiply(s, streams, spare)
+        for s in range(streams): some.store(s, b.add(y, _I64(64 * s)), y_step)
+        give_tiles_back(b)
         return context.get_dummy_value()
     return _intrinsic(build)
 
 # %% ../nbs/06_products.ipynb #7c0a5e44
-_KEPT, _SMALL = ("arcp",), 0x8040  # numbers below 2^-126, given or made, are zero
-
-def _register(b, name, place):
-    "Store or load the register by which a thread rounds."
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer()])
-    b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.sse.{name}mxcsr"), [b.bitcast(place, _I8.as_pointer())])
-
 def _fused(b, w, v, total):
     "w v + total, rounded once."
     kind = ir.FunctionType(_SUMS, [_SUMS] * 3)
@@ -337,12 +317,9 @@ def row_panel(
     "Blocks of outputs of one row, by vectors, with a tile's digits."
     def build(context, b, signature, args):
         weight, apart, x, _, y, _, steps, _ = args
-        zero, before, within = ir.Constant(_SUMS, [0.0] * BLOCK), *(cgutils.alloca_once(b, _I32) for _ in range(2))
+        zero = ir.Constant(_SUMS, [0.0] * BLOCK)
         sums, *sides = ([cgutils.alloca_once_value(b, zero) for _ in range(streams)] for _ in range(3))
-        _register(b, "st", before)
-        b.store(b.or_(b.load(before), _I32(_SMALL)), within)
-        _register(b, "ld", within)
-        with cgutils.for_range(b, steps) as tile:
+        with small_as_zero(b), cgutils.for_range(b, steps) as tile:
             for side in sum(sides, []): b.store(zero, side)
             with cgutils.for_range(b, _I64(TILE // 2)) as pair:
                 step = b.add(b.mul(tile.index, _I64(TILE // 2)), pair.index)
@@ -351,8 +328,7 @@ def row_panel(
                     line = b.add(b.add(weight, b.mul(apart, _I64(s))), b.mul(step, _I64(4 * BLOCK)))
                     _prefetch(b, b.add(line, _I64(AHEAD)))
                     for w, v, side in zip(_numbers(b, line, True, True), many, sides): b.store(_fused(b, w, v, b.load(side[s])), side[s])
-            for total, even, odd in zip(sums, *sides): b.store(b.fadd(b.load(total), b.fadd(b.load(even), b.load(odd), flags=_KEPT), flags=_KEPT), total)
-        _register(b, "ld", before)
+            for total, even, odd in zip(sums, *sides): b.store(b.fadd(b.load(total), b.fadd(b.load(even), b.load(odd), flags=EXACT), flags=EXACT), total)
         for s, total in enumerate(sums): b.store(b.load(total), _at(b, b.add(y, _I64(64 * s)), _SUMS), align=4)
         return context.get_dummy_value()
     return _intrinsic(build)

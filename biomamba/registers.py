@@ -22,7 +22,8 @@ from numba.extending import lower_builtin, models, register_model
 
 from .lanes import Lanes as Values, rounded
 from .loops import MATH
-from .products import _F32, _I8, _I32, _I64, _LINE, _SUMS, BLOCK, _at, _everywhere, _prefetch, inline
+from .matrix_tiles import LINES, Tiles, give_tiles_back, take_tiles
+from .products import _F32, _I32, _I64, _LINE, _SUMS, BLOCK, _at, _everywhere, _prefetch, inline
 
 # %% ../nbs/06_registers.ipynb #5ca1a002
 class Lanes(types.Type):
@@ -163,32 +164,24 @@ def turn(b, x, x_step, y, y_step):
     for k, row in enumerate(rows): b.store(row, place(y, y_step, k), align=4)
 
 # %% ../nbs/06_registers.ipynb #5ca1a010
-def _x86(b, name: str, *values) -> None:
-    b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [v.type for v in values]), f"llvm.x86.{name}"), values)
+@instruction(types.void)
+def configure(b): "Take this thread's tiles: eight of 16 lines of 64 bytes."; take_tiles(b, [_I64(LINES)] * 8)
 
 @instruction(types.void)
-def configure(b):
-    "Take this thread's tiles: eight of 16 lines of 64 bytes."
-    shapes = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
-    _x86(b, "ldtilecfg", b.bitcast(cgutils.alloca_once_value(b, ir.Constant(ir.VectorType(_I8, 64), shapes)), _I8.as_pointer()))
-
-@instruction(types.void)
-def release(b):
-    "Give the tiles back."
-    _x86(b, "tilerelease")
+def release(b): "Give the tiles back."; give_tiles_back(b)
 
 # %% ../nbs/06_registers.ipynb #5ca1a011
 def _block(b, a, a_step, w, w_step, places, y_step, steps, on: bool) -> None:
     "32 × 32 numbers of a product: tiles 0 to 3 for the sums, two for rows of A and two for columns of W."
-    at = lambda address: _at(b, address, _I8)
-    for k, place in enumerate(places): _x86(b, "tileloadd64", _I8(k), at(place), y_step) if on else _x86(b, "tilezero", _I8(k))
+    tiles = Tiles(b)
+    for k, place in enumerate(places): tiles.load(k, place, y_step) if on else tiles.zero(k)
     with cgutils.for_range(b, steps) as loop:
         left, right = b.add(a, b.mul(loop.index, _I64(64))), b.add(w, b.mul(loop.index, b.mul(w_step, _I64(16))))
         for k in range(2):
-            _x86(b, "tileloadd64", _I8(4 + k), at(b.add(left, b.mul(a_step, _I64(16 * k)))), a_step)
-            _x86(b, "tileloadd64", _I8(6 + k), at(b.add(right, _I64(64 * k))), w_step)
-        for k in range(4): _x86(b, "tdpbf16ps", _I8(k), _I8(4 + k // 2), _I8(6 + k % 2))
-    for k, place in enumerate(places): _x86(b, "tilestored64", _I8(k), at(place), y_step)
+            tiles.load(4 + k, b.add(left, b.mul(a_step, _I64(16 * k))), a_step)
+            tiles.load(6 + k, b.add(right, _I64(64 * k)), w_step)
+        for k in range(4): tiles.multiply(k, 4 + k // 2, 6 + k % 2)
+    for k, place in enumerate(places): tiles.store(k, place, y_step)
 
 # %% ../nbs/06_registers.ipynb #5ca1a012
 def tile_product(

@@ -18,8 +18,9 @@ from numba.core import cgutils
 from torch import Tensor
 
 from .loops import _openmp, by_loops, f32, keep_memory, write
-from .products import _I8, _I32, _I64, Job, _at, _call, floats, halves, shared, take, tiles, up
-from .registers import (_address, _rounded, _x86, lanes, configure, copy_line, everywhere, instruction, load, pair_up, piece, release, store,
+from .matrix_tiles import Tiles, tiles
+from .products import _I32, _I64, Job, _at, _call, floats, halves, shared, take, up
+from .registers import (_address, _rounded, lanes, configure, copy_line, everywhere, instruction, load, pair_up, piece, release, store,
                                 store_half, store_pairs, ticket, turn, words)
 
 # %% ../nbs/06_tile_products.ipynb #49832d22
@@ -80,20 +81,20 @@ def lay(v, step, rows, columns, whole, paired, turned, r0, r1, c0, c1, inner, sp
 # %% ../nbs/06_tile_products.ipynb #7d58562c
 def _multiply(
     on: bool,    # whether to add to what is there
-    left: bool,  # the side that is read once: past the first cache, which the other side keeps
+    left: bool,  # whether the left side is the one that is held: read once here, past the first cache, which the other side keeps
 ) -> Any:        # (left, right, sums, squares of the inner axis): in compiled code, addresses and a number
     "32 × 32 sums, 128 bytes a row: of squares that stand one after another on both sides."
     def multiply(b, a, w, sums, steps):
-        at, line, own, once = (lambda address: _at(b, address, _I8)), _I64(64), _I64(128), "tileloaddt164"
-        places = [at(b.add(sums, _I64(2048 * (k // 2) + 64 * (k % 2)))) for k in range(4)]
-        for k, place in enumerate(places): _x86(b, "tileloadd64", _I8(k), place, own) if on else _x86(b, "tilezero", _I8(k))
+        some, line, own = Tiles(b), _I64(64), _I64(128)
+        places = [b.add(sums, _I64(2048 * (k // 2) + 64 * (k % 2))) for k in range(4)]
+        for k, place in enumerate(places): some.load(k, place, own) if on else some.zero(k)
         with cgutils.for_range(b, steps) as loop:
             here = b.mul(loop.index, _I64(BYTES))
             for k in range(2):
-                for first, side, reads in ((4, a, left), (6, w, not left)):
-                    _x86(b, once if reads else "tileloadd64", _I8(first + k), at(b.add(b.add(side, here), _I64(1024 * k))), line)
-            for k in range(4): _x86(b, "tdpbf16ps", _I8(k), _I8(4 + k // 2), _I8(6 + k % 2))
-        for k, place in enumerate(places): _x86(b, "tilestored64", _I8(k), place, own)
+                for first, side, held in ((4, a, left), (6, w, not left)):
+                    some.load(first + k, b.add(b.add(side, here), _I64(1024 * k)), line, once=held)
+            for k in range(4): some.multiply(k, 4 + k // 2, 6 + k % 2)
+        for k, place in enumerate(places): some.store(k, place, own)
     return instruction(types.void, *[_address] * 4)(multiply)
 
 _start, _add, _start_left, _add_left = (_multiply(on, left) for left in (False, True) for on in (False, True))
@@ -248,7 +249,7 @@ def _plain(t: Tensor) -> Tensor:  # as compiled code reads it
     return t.detach() if t.stride(1) == 1 else t.detach().contiguous()
 
 # %% ../nbs/06_tile_products.ipynb #094b9b34
-LONG = 1536, 3584  # numbers of the inner axis at once: where there are many, and the most that are many
+LONG = 1536, 3584  # of a long inner axis: how many numbers are taken at a time, and the most that are taken at once
 
 def fits_products(
     x: Tensor,   # (rows, columns), what is multiplied by or with a weight

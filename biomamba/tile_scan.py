@@ -15,7 +15,8 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage] its public
 from torch import Tensor
 
 from .loops import PARTS, _openmp, f32, keep_memory
-from .products import Job, floats, shared, take, tiles, up
+from .matrix_tiles import tiles
+from .products import Job, floats, shared, take, up
 from .registers import (ask, between, configure, copy_line, decay, everywhere, load, load_half, multiply, pair_up, piece, release, store,
                                 store_half, store_pairs, ticket, turn, words)
 
@@ -92,7 +93,7 @@ def share_maps(p):
 class Places(NamedTuple):
     "Addresses in the memory of one thread; Q is a multiple of 32."
     none: int      # a row of zeros
-    s: int         # (Q), as the next eight: log decay
+    s: int         # (Q), as the next seven: log decay
     step: int      # Δ
     arrive: int
     leave: int
@@ -100,7 +101,7 @@ class Places(NamedTuple):
     ds: int
     xu: int
     ends: int      # int32
-    M: int         # (32, Q)
+    M: int         # (32, Q), bf16
     x: int         # (Q, P), bf16, as the next five: x, forwards in pairs
     x_sent: int    # leave Δ x, forwards in pairs
     dy: int
@@ -114,7 +115,7 @@ class Places(NamedTuple):
     lines: int     # (16, P), bf16
     after: int     # (P / 2, N, 2), bf16: the state's gradient after the row, turned
     before: int    # the same of the state before the row
-    wide: int      # (32, N), and room for three squares of bf16 and one of fp32
+    wide: int      # (32, N), and 8 Q² bytes more
     states: int    # of each head (N, P) and, bf16, (N / 2, P, 2)
 
 # %% ../nbs/06_tile_scan.ipynb #3e036d69

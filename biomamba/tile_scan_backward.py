@@ -228,7 +228,7 @@ def tile_backward(
     (n, Q, G, R, P), N, sizes = x.shape, B.shape[3], sizes_of(x, B.shape[3], batch)
     parts, F, H, outs = sizes["parts"], sizes["filled"], G * R, token_fields(B=dB, C=dC)
     xu, da, dD, first = (torch.empty(*shape) for shape in ((n, H, Q), (n, H, Q), (batch, H), (batch, G, N, R, P)))
-    of_B, of_C = (torch.empty(parts, n * G, F, N) for _ in range(2))  # one by one: the memory of blocks up to 8 MB is kept
+    of_B, of_C = (torch.empty(parts, n * G, F, N) for _ in range(2))  # one by one: the memory of blocks up to `LARGEST` is kept
     Job(backward, batch * G * parts, **sizes, **token_fields(x=x, dy=dy, dx=dx), dt=dt.detach().contiguous(), D=D.detach().to(torch.float32).contiguous(), start=start, maps=shared_maps(B, C), s=s,
         before=before, last=0 if last is None else last.contiguous(), dB=of_B, dC=of_C, xu=xu, da=da, dD=dD, first=first,
         **thread_memory(batch * G * parts, F, P, N, sizes["heads"]))()

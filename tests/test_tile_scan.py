@@ -9,12 +9,18 @@ from biomamba import ssd, tile_scan
 from biomamba.conv import causal_conv
 from biomamba.layer import LoopMixer, Parameters, Shape
 from biomamba.norm import GatedNorm
-from biomamba.products import tiles
 from biomamba.ssd import chunk_scan, recurrence
 from biomamba.tile_scan import fits_tiles
 
-pytestmark = pytest.mark.skipif(not tiles(), reason="this processor does not multiply tiles of bf16")
 NAMES = ("y", "last", "x", "dt", "A", "B", "C", "D", "initial")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def by_tiles():
+    "The scan goes by tiles where there are none, too."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_scan, "tiles", lambda: True)
+        yield
 
 
 def drawn(seed, batch, T, groups, heads, width, state, starts=True):
@@ -50,6 +56,7 @@ def apart(found, exact, least=0.0) -> dict[str, float]:
 def by_loops_alone(inputs, chunk, ids, monkeypatch) -> dict:
     with monkeypatch.context() as patch:
         patch.setattr(ssd, "fits_tiles", lambda *of: False)
+        patch.setattr(ssd, "multiplies_bf16", lambda: True)  # with products in bf16, as where there are tiles
         return results(inputs, chunk, ids)
 
 
