@@ -6,11 +6,12 @@
 __all__ = ['lowest', 'test_texts']
 
 # %% ../nbs/08f_heldout.ipynb #ce8d550e
-import heapq, tempfile
+import heapq, itertools, tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from .collection import Collection
+from .contamination import kind_of
 from .documents import read_documents
 from .language import normalize
 from .records import Document, format_of, stable_hash
@@ -24,10 +25,13 @@ def lowest(
     documents,      # of one source, any number
     source: str,
     n: int,
+    held_out: bool = False,  # no more of them than a run on these documents holds out for its test
 ) -> list[str]:  # at most n texts
     "The texts whose ids hash lowest; a text that came before under another id is passed over, as a corpus removes it."
-    ranked = ((place(source, whose(d)), d.id, d.text) for d in _without_copies(documents))
-    return [text for _, _, text in heapq.nsmallest(n, ranked)]
+    count = itertools.count()
+    ranked = ((place(source, whose(d)), d.id, d.text) for d, _ in zip(_without_copies(documents), count))
+    texts = [text for _, _, text in heapq.nsmallest(n, ranked)]
+    return texts[:held_out_size(next(count))[0]] if held_out else texts
 
 def _without_copies(documents) -> Iterator[Document]:
     seen = set()
@@ -58,12 +62,17 @@ def _built_texts(collection: Collection, source: str, n: int) -> list[str]:
     return texts
 
 # %% ../nbs/08f_heldout.ipynb #6e07809f
+def _holds_questions(folder: Path) -> bool:
+    "Whether a folder holds nothing but files of evaluation sets, as the sample's `qa`: no source of texts."
+    files = [p for p in folder.iterdir() if p.is_file() and format_of(p)]
+    return bool(files) and all(kind_of(p) != "documents" for p in files)
+
 def test_texts(
     corpus: str = "sample",            # "sample", a folder with a folder or file per source, a built corpus, or files of one source
     sources: list[str] | None = None,  # which; None: all there: every folder, and files that are named as a source of the sample
-    documents: int = 1000,             # of each source, at most; of the sample as many as a run on it holds out
+    documents: int = 1000,             # of each source, at most
 ) -> dict[str, list[str]]:  # source → texts
-    "The held-out texts of a corpus."
+    "The held-out texts of a corpus: no more than a run on it holds out for its test, but of a file of one source up to all."
     if documents < 2: raise UserError(f"documents={documents}; at least 2 of each source are accepted")
     if str(corpus) == "sample": return {s: _sample_texts(s, documents) for s in sources or WRITERS}
     path = resolve(str(corpus))
@@ -72,10 +81,10 @@ def test_texts(
         return {s: _built_texts(collection, s, documents) for s in sources or collection.manifest["sources"]}
     if not path.exists(): raise UserError(f"corpus {path} does not exist; a folder, a file or 'sample' is accepted")
     inside = sorted(p.name.split(".")[0] for p in path.iterdir() if p.is_dir() or format_of(p)) if path.is_dir() else []
-    there = sources or [*(s for s in WRITERS if s in inside), *(s for s in inside if s and s not in WRITERS and (path / s).is_dir())]
+    there = sources or [*(s for s in WRITERS if s in inside), *(s for s in inside if s and s not in WRITERS and (path / s).is_dir() and not _holds_questions(path / s))]
     if there:
         with tempfile.TemporaryDirectory() as scratch:  # where MEDLINE's revisions are noted; in the folder itself they would outlive its next file
-            return {name: lowest(s.read(Path(scratch)), name, documents) for name, s in named_sources(path, list(there)).items()}
+            return {name: lowest(s.read(Path(scratch)), name, documents, held_out=True) for name, s in named_sources(path, list(there)).items()}
     return {path.name.split(".")[0]: lowest(read_documents(path, path.name.split(".")[0]), path.name.split(".")[0], documents)}
 
 test_texts.__test__ = False   # its name is not that of a test
