@@ -97,11 +97,14 @@ def planned(
     return rows
 
 # %% ../nbs/11c_ablation.ipynb #db72770e
-def write_scores(path: Path, scores: dict[str, Scores]) -> None:
+def write_scores(
+    path: Path,                 # JSON
+    scores: dict[str, Scores],  # source → of its documents
+) -> None:
     "Keep the loss of each document."
     write_atomic(path, json.dumps({source: {"nats": s.nats.tolist(), "tokens": s.tokens.tolist()} for source, s in scores.items()}))
 
-def read_scores(path: Path) -> dict[str, Scores]:
+def read_scores(path: Path) -> dict[str, Scores]:  # source → nats and tokens of its documents; bytes are not kept, and are 0
     "What `write_scores` kept."
     found = json.loads(path.read_text())
     return {source: Scores(np.array(kept["nats"], float), np.array(kept["tokens"]), np.zeros(len(kept["nats"]), int)) for source, kept in found.items()}
@@ -118,7 +121,11 @@ def score_held_out(
     return {source: score(model, rows, job.recipe, desc=f"{part}: {source}") for source, rows in some.items()}
 
 # %% ../nbs/11c_ablation.ipynb #8102d306
-def kept_at(job: Job, part: str, weight: float = 1.0) -> Path:
+def kept_at(
+    job: Job,
+    part: str,            # "validation" or "test"
+    weight: float = 1.0,  # of the adapted model: 0 is the base
+) -> Path:
     "Where the scores of a job are kept, or those of a point between base and adapted; the base's are all jobs'."
     folder = job.folder if weight else job.folder.parent / "base"
     return folder / (f"{part}.json" if weight in (0, 1) else f"{part}-{weight:g}.json")

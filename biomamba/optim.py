@@ -24,7 +24,8 @@ def learning_rate_factor(
     decay = steps - warmup - stable if recipe.decay_ratio is None else round(steps * recipe.decay_ratio)
     if step < warmup: return (step + 1) / warmup
     if step < warmup + stable: return 1.0
-    fallen = min(1.0, (step - warmup - stable + 1) / decay) if decay else 1.0
+    lowest = decay if recipe.floor else decay + 1  # a step at a rate of zero is none: zero is where the next one would be
+    fallen = min(1.0, (step - warmup - stable + 1) / lowest) if lowest else 1.0
     return recipe.floor + (1 - recipe.floor) * (1 + math.cos(math.pi * fallen)) / 2
 
 # %% ../nbs/07_optim.ipynb #0b8a39ed

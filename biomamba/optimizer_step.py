@@ -53,8 +53,7 @@ def loss_of(
 
 # %% ../nbs/09d_optimizer_step.ipynb #7096af9e
 def accumulate(
-    state: State,
-    model: torch.nn.Module,     # state.model, wrapped for this many processes
+    model: torch.nn.Module,     # wrapped for this many processes
     batches: list,              # this process's micro-batches
     recipe: Recipe,
     accelerator: Accelerator,
@@ -82,7 +81,7 @@ def take_step(
     "One optimizer step: gradients, clipping, AdamW, average."
     began, steps = time.perf_counter(), steps_of(recipe, len(corpus))
     batches = step_batches(cast(Sequence, corpus), recipe, state.step, accelerator.process_index, accelerator.num_processes)
-    loss, tokens, documents = accumulate(state, model, batches, recipe, accelerator)
+    loss, tokens, documents = accumulate(model, batches, recipe, accelerator)
     norm = norm_of(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
     rate = set_learning_rate(state.optimizer, state.step, steps, recipe)
     if finite := math.isfinite(loss) and math.isfinite(norm):

@@ -141,7 +141,7 @@ def start_ray(
 ) -> None:
     "Join the cluster of RAY_ADDRESS, or start Ray here; nothing where it runs."
     try: ray = importlib.import_module("ray")
-    except ImportError: raise UserError("executor='ray' and Ray is not installed; `pip install ray`, or executor='local', is accepted") from None
+    except ImportError: raise UserError("executor='ray' and Ray is not installed; `pip install biomamba[ray]`, or executor='local', is accepted") from None
     here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
     if not ray.is_initialized(): ray.init(log_to_driver=False, logging_level="ERROR", **here)
 

@@ -200,7 +200,7 @@ def step_seconds(
     inside_gb: float = 450.0,      # GB a second and device among the devices of one machine; an assumption
     between_gb: float = 50.0,      # the same between machines; an assumption
     per_machine: int = 8,          # devices in one machine
-) -> dict[str, float]:             # devices_with_work, tokens (of each), compute, exchange (seconds)
+) -> dict[str, float]:             # "devices with work", "tokens of each"; "compute" and "exchange" in seconds
     "What one optimizer step takes when so many devices share it, computing and exchanging one after the other."
     busy = min(devices, recipe.sequences_per_step)
     tokens = recipe.sequences_per_step * mean_tokens(recipe) / busy

@@ -143,7 +143,6 @@ def check_trackers(
 
 def start_trackers(
     accelerator: Accelerator,
-    recipe: Recipe,
     folder: Path,      # of the run
 ) -> None:
     "Open the trackers in the run folder."

@@ -253,7 +253,7 @@ def work(
     recipe = with_device_batch(recipe, accelerator)
     state = prepare_state(recipe, model_folder, steps_of(recipe, len(corpus)), accelerator)
     resume(state, run, accelerator)
-    if recipe.trackers: start_trackers(accelerator, recipe, run.folder)
+    if recipe.trackers: start_trackers(accelerator, run.folder)
     with telling_of_the_disk(run): train(state, corpus, recipe, run, accelerator)
     if recipe.trackers: accelerator.end_training()
     with telling_of_the_disk(run):

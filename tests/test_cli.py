@@ -1,12 +1,14 @@
 "The command: a run with its table, the same again at once, functions as verbs, and one sentence for a mistake."
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from biomamba.runs import UserError
 from biomamba.sample import sample_documents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,36 @@ def test_a_plan_is_printed_for_every_scale():
     done = biomamba("cpt", "--scale", "2.7b", "--plan-only")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("optimizer steps", "7,953", "tokens", "FLOPs", "memory in all", " h"))
+
+
+def test_a_plan_counts_unknown_sources_full_and_says_when_the_corpus_decides(capsys):
+    from biomamba.cli import main
+    assert main(["plan", "--mixture", '{"notes": 0.4, "pubmed": 0.6}']) == 0 and "optimizer steps" in capsys.readouterr().out
+    assert main(["plan", "--scale", "780m", "--overrides", '{"sequences": null}']) == 0 and "As long as the corpus" in capsys.readouterr().out
+    with pytest.raises(SystemExit): main(["plan", "--corpus", "my/texts"])
+
+
+@pytest.mark.parametrize("raised, code, words", [(KeyboardInterrupt(), 130, "interrupted"), (FileExistsError(17, "File exists", "out/x"), 1, "out/x: File exists")])
+def test_what_stops_a_command_is_one_line(raised, code, words, monkeypatch, capsys):
+    from biomamba import cli
+    def stopped(parameters): raise raised
+    monkeypatch.setitem(cli.VERBS, "plan", stopped)
+    assert cli.main(["plan"]) == code and capsys.readouterr().err.rstrip() == f"biomamba: {words}"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    first, second = os.pipe()
+    os.close(first)
+    done = subprocess.run([sys.executable, "-c", "import sys; from biomamba.cli import main; sys.exit(main())", "plan"], stdout=second, stderr=subprocess.PIPE, text=True)
+    os.close(second)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_a_refused_run_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    from biomamba.cli import run_notebook
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError): run_notebook("10_cpt", {"scale": "8b"}, tmp_path)
+    assert not [p for p in tmp_path.rglob("*.ipynb")]
 
 
 def test_an_unknown_option_is_refused():

@@ -1,5 +1,5 @@
 """Normalizing twice is normalizing once; foreign texts are named, English and uncertain ones are kept."""
-import gzip, os, re, subprocess, sys, time, unicodedata
+import gzip, os, re, subprocess, sys, unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -157,15 +157,3 @@ def test_real_text_in_other_languages():
     assert len(titles) == 11 and not [t for t in titles if language_of(t)[0] == "en"] and sum(map(bool, map(foreign, titles))) == 6
 
 
-@real
-@pytest.mark.slow
-def test_rate():
-    texts = real_texts("pubmed/abstracts.jsonl")
-    foreign("load the model")
-    def rate():
-        start = time.process_time()
-        for text in texts: foreign(text)
-        return len(texts) / (time.process_time() - start)
-    best = max(rate() for _ in range(3))
-    print(f"{best:,.0f} abstracts a second and core")
-    assert best > 1_500, "half of what the plan counts on: 3,000 abstracts a second and core"

@@ -23,7 +23,7 @@ def model():
 def test_the_schedule_is_transformers_own(steps, ratios):
     r = recipe("130m", steps=steps, **ratios)
     warmup, stable = round(steps * r.warmup_ratio), round(steps * r.stable_ratio)
-    decay = steps - warmup - stable if r.decay_ratio is None else round(steps * r.decay_ratio)
+    decay = (steps - warmup - stable if r.decay_ratio is None else round(steps * r.decay_ratio)) + (not r.floor)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = {floor: get_wsd_schedule(optimizer, num_warmup_steps=warmup, num_decay_steps=decay, num_stable_steps=stable, min_lr_ratio=floor).lr_lambdas[0]
               for floor in (0.0, r.floor)}
@@ -37,6 +37,13 @@ def test_the_last_twentieth_runs_at_the_floor_and_the_codes_variant_does_not(sca
     tail = range(math.ceil(0.951 * paper.steps), paper.steps)
     assert {learning_rate_factor(s, paper.steps, paper) for s in tail} == {0.1}
     assert learning_rate_factor(tail[0], code.steps, code) > 0.1 == learning_rate_factor(code.steps - 1, code.steps, code)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_no_step_of_a_decay_to_zero_is_wasted(steps):
+    r = recipe("130m", stable_ratio=0.0, decay_ratio=None, floor=0.0)
+    rates = [learning_rate_factor(s, steps, r) for s in range(steps)]
+    assert min(rates) > 0.0 and rates[round(0.1 * steps):] == sorted(rates[round(0.1 * steps):], reverse=True)
 
 
 def test_groups_are_one_adamw_per_parameter():

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -112,17 +111,6 @@ def test_domains_differ_and_share_english(texts):
 def test_no_grammar_marks_are_left(texts, source):
     for text in texts[source]:
         assert not re.search(r"[{}|^~]| [,;.](?= )|\.\.|(?<!^)  +(?! )(?=[a-z])|\ba [aei][a-z]{3}|\ban [bcdfgjk][a-z]", text), text
-
-
-# fast: rates on one core, in processor time
-
-@pytest.mark.parametrize("make, n, rate", [(lambda n: sample_documents("pubmed", n, seed=9), 1500, 2000), (lambda n: sample_notes(n, seed=9), 300, 200)])
-def test_rate(make, n, rate):
-    def seconds():
-        began = time.process_time()
-        assert sum(1 for _ in make(n)) == n
-        return time.process_time() - began
-    assert n / min(seconds() for _ in range(3)) >= rate
 
 
 # numbers agree within a document
