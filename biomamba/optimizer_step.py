@@ -86,9 +86,10 @@ def take_step(
     rate = set_learning_rate(state.optimizer, state.step, steps, recipe)
     if finite := math.isfinite(loss) and math.isfinite(norm):
         state.optimizer.step(); state.average.update(state.model); state.in_a_row = 0
+        state.tokens += tokens; state.documents += documents
     else: state.non_finite += 1; state.in_a_row += 1
     state.optimizer.zero_grad()
-    state.step += 1; state.tokens += tokens; state.documents += documents; state.seconds += time.perf_counter() - began
+    state.step += 1; state.seconds += time.perf_counter() - began
     left_out = {} if finite else {"non_finite": state.non_finite, "documents": documents_of(corpus, recipe, state.step - 1)}
     return {"step": state.step, "loss": loss if finite else None, "learning_rate": rate, "grad_norm": norm if finite else None,
             "tokens": state.tokens, "seconds": round(state.seconds, 3)} | left_out

@@ -226,11 +226,13 @@ def _memory_warning(recipe: Recipe, hardware: Hardware, devices: int = 1) -> lis
     parts = memory_parts(recipe, hardware.kernels, devices=devices)
     total, room = sum(parts.values()), hardware.memory_gb
     if room is None or total <= room: return []
-    states = total - parts["activations"]
-    fits = math.floor((room - states) * 1e9 / activation_bytes(recipe, hardware.kernels))
-    begin = f"Training needs about {total:.0f} GB and the {hardware.name} has {room:g}: "
-    if fits >= recipe.max_tokens: return [begin + f"micro_batch_tokens={fits // 256 * 256} or less would fit."]
-    return [begin + f"without any activations it is still {states:.0f} GB, which must be shared among several devices."]
+    states, begin = total - parts["activations"], f"Training needs about {total:.0f} GB and the {hardware.name} has {room:g}: "
+    for again, beside in ((recipe.gradient_checkpointing, ""), (True, "gradient_checkpointing=True and ")):
+        tokens = math.floor((room - states) * 1e9 / activation_bytes(replace(recipe, gradient_checkpointing=again), hardware.kernels))
+        fits = f"device_batch={tokens // recipe.max_tokens}" if isinstance(recipe.device_batch, int) else f"micro_batch_tokens={tokens // 256 * 256}"
+        if tokens >= recipe.max_tokens: return [f"{begin}{beside}{fits} or less would fit."]
+    rest = f"without any activations it is still {states:.0f} GB" if states > room else f"what is no activation is {states:.0f} GB, and {recipe.max_tokens:,} tokens find no room beside it"
+    return [f"{begin}{rest}; sharding=\"full\" on several devices is accepted."]
 
 # %% ../nbs/09a_plan.ipynb #b992562f
 def _tokens_warning(recipe: Recipe, given: dict | None) -> list[str]:

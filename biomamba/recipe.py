@@ -124,6 +124,7 @@ def check_recipe(
         value = getattr(recipe, name)
         if value is None and name in ("decay_ratio", "ema_decay"): continue
         if not number(value) or not 0 <= value <= 1: refuse(name, "a number from 0 to 1")
+    if recipe.ema_decay == 1: refuse("ema_decay", "a number from 0 to below 1")
     for name, accepted in CHOICES.items():
         if getattr(recipe, name) not in accepted: refuse(name, " or ".join(accepted))
     for name in ("steps", "sequences", "early_stopping", "mixture_total"):

@@ -225,6 +225,20 @@ def test_similarities_that_the_bands_do_not_find_are_refused():
         with pytest.raises(UserError, match="from 0.8"): Steps(jaccard=jaccard)
 
 
+def test_the_order_in_which_a_mixture_is_written_means_nothing(tmp_path, tokenizer):
+    made = make(tmp_path, {s: sample_source(s, 40) for s in ("pubmed", "c4", "wikipedia")}, tokenizer)
+    written = ({"pubmed": 0.5, "c4": 0.3, "wikipedia": 0.2}, {"wikipedia": 0.2, "c4": 0.3, "pubmed": 0.5})
+    one, other = (Corpus(made, recipe("tiny", mixture=mixture)) for mixture in written)
+    assert one.fingerprint == other.fingerprint and len(one) == len(other) and one.counts == other.counts
+    assert all(np.array_equal(one[i], other[i]) and one.label(i) == other.label(i) for i in range(len(one)))
+    assert other.manifest["mixture"] == one.manifest["mixture"]
+
+
+def test_repeats_are_numbers():
+    for times in (float("nan"), float("inf"), "2", [2]):
+        with pytest.raises(UserError, match="a number from 1"): Mixture({"pubmed": 1.0}, repeats={"pubmed": times})
+
+
 def test_a_spoiled_choice_is_refused(tmp_path, tokenizer):
     made, chosen = make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer), recipe("tiny", mixture={"pubmed": 1.0})
     Corpus(made, chosen)

@@ -111,7 +111,17 @@ def test_the_micro_batch_that_a_warning_offers_fits(scale, hardware):
 
 
 def test_a_model_too_large_for_any_micro_batch_is_said_to_be():
-    assert "shared among several devices" in plan(recipe("2.7b"), "16gb").warnings[0]
+    assert 'still 60 GB; sharding="full" on several devices' in plan(recipe("2.7b"), "16gb").warnings[0]
+
+
+def test_advice_is_in_the_field_that_counts_and_knows_recomputation():
+    (warning,) = plan(recipe("780m", device_batch=64), "24gb").warnings
+    assert "micro_batch_tokens" not in warning
+    assert not plan(recipe("780m", device_batch=int(warning.split("device_batch=")[1].split()[0])), "24gb").warnings
+    narrow = Hardware("18 GB card", 18, 97.5)
+    (warning,) = plan(recipe("780m"), narrow).warnings
+    offered = int(warning.split("gradient_checkpointing=True and micro_batch_tokens=")[1].split()[0])
+    assert not plan(recipe("780m", gradient_checkpointing=True, micro_batch_tokens=offered), narrow).warnings
 
 
 def test_another_vocabulary_is_warned_of_until_tokens_are_given():
