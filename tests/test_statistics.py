@@ -104,6 +104,12 @@ def test_the_mean_difference_has_the_sign_of_the_second_system():
     assert paired_bootstrap([1.0, 2.0, 3.0], [2.0, 3.0, 5.0]).estimate == pytest.approx(4 / 3)
 
 
+def test_an_interval_is_plain_data():
+    interval = Interval(1.0, 0.0, 2.0, n=40)
+    assert interval.data() == {"value": 1.0, "ci95": [0.0, 2.0]}
+    assert interval.data("mean", math.expm1) == {"mean": math.expm1(1), "ci95": [0.0, math.expm1(2)]}
+
+
 def test_few_documents_are_named():
     assert repr(bootstrap_ratio(*documents(5))).endswith("from 5")
     assert "from" not in repr(bootstrap_ratio(*documents(30)))
