@@ -22,7 +22,7 @@ import torch
 
 from .collection import Collection
 from .corpus import Corpus
-from .mixing import GOAL, SOURCES, figures_of, interpolated, mean_loss, plain_interval
+from .mixing import GOAL, SOURCES, figures_of, interpolated, mean_loss
 from .optimizer_step import Rows
 from .perplexity import Scores, score
 from .processes import PARENT, end_with_parent, start_accelerator
@@ -251,7 +251,7 @@ def base_figures(ablation: Ablation) -> dict:  # part → ppl, documents and tok
     found = {}
     for part in PARTS_READ:
         scores = base_scores(ablation, part)
-        found[part] = {"ppl": {s: plain_interval(mean_loss([scores], {s: 1.0}), math.exp) for s in SOURCES},
+        found[part] = {"ppl": {s: mean_loss([scores], {s: 1.0}).data(change=math.exp) for s in SOURCES},
                        "documents": {s: len(x.nats) for s, x in scores.items()}, "tokens": {s: int(x.tokens.sum()) for s, x in scores.items()}}
     return found
 

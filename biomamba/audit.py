@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'ITEMS', 'ARM_LOOKS', 'PUBMEDQA_GOLD', 'SOURCES', 'THRESHOLD', 'Finding', 'findings_table',
-           'correct_answers', 'accuracy_interval', 'accuracy_figure', 'least_p', 'outside_classes', 'published_outside',
-           'confusion_tables', 'published_tables', 'least_unanswered', 'possible_yes', 'outside_figure', 'Score',
-           'mixture_scores', 'odd_rows', 'mixture_figure', 'rouge_ceiling']
+           'correct_answers', 'accuracy_interval', 'accuracy_figure', 'least_discordant', 'least_p', 'outside_classes',
+           'published_outside', 'published_least_p', 'confusion_tables', 'published_tables', 'least_unanswered',
+           'possible_yes', 'outside_figure', 'Score', 'mixture_scores', 'odd_rows', 'mixture_figure', 'rouge_ceiling']
 
 # %% ../nbs/40b_audit.ipynb #7ce334e5
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -91,12 +92,21 @@ def accuracy_figure() -> Figure:
     return figure
 
 # %% ../nbs/40b_audit.ipynb #3032c0ee
+def least_discordant(
+    before: Sequence[int],  # right answers of one model, class by class
+    after: Sequence[int],   # of the other, to the same questions
+) -> tuple[int, int]:       # questions lost, questions gained
+    "The fewest questions that only one of two models can have got right."
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return sum(max(0, -change) for change in changes), sum(max(0, change) for change in changes)
+
 def least_p(
-    difference: int,  # right answers that one model has more than the other
-) -> float:           # two-sided, in (0, 1]
-    "The smallest p-value that McNemar's exact test can give for a difference in right answers."
-    ahead = abs(difference)
-    return mcnemar_exact([1, 1] + [0] * ahead, [1, 1] + [1] * ahead)
+    before: Sequence[int],  # right answers of one model, class by class
+    after: Sequence[int],   # of the other, to the same questions
+) -> float:                 # two-sided, in (0, 1]
+    "The smallest p-value that McNemar's exact test can give for two rows of right answers."
+    lost, gained = least_discordant(before, after)
+    return mcnemar_exact([1, 1] + [1] * lost + [0] * gained, [1, 1] + [0] * lost + [1] * gained)
 
 # %% ../nbs/40b_audit.ipynb #e23f170a
 def _totals(
@@ -132,6 +142,16 @@ def published_outside(
     "`outside_classes` of one published row."
     classes = (qa_score(benchmark, f"{answer} F1", scale, arm) for answer in ("yes", "no"))
     return outside_classes(ITEMS[benchmark], correct_answers(benchmark, scale, arm), *classes)
+
+# %% ../nbs/40b_audit.ipynb #9a61d6b9
+def published_least_p(
+    benchmark: str,    # "BioASQ" or "PubMedQA"
+    scale: str,        # one of `SCALES`
+) -> float:            # two-sided, in (0, 1]
+    "The smallest p-value that McNemar's test on the two arms' answers can give, over all tables that fit their rows."
+    before, after = (set().union(*published_outside(benchmark, scale, arm).values()) for arm in ARMS[1:])
+    by_accuracy = least_p(*([correct_answers(benchmark, scale, arm)] for arm in ARMS[1:]))
+    return min((least_p(a, b) for a in before for b in after), default=by_accuracy)
 
 # %% ../nbs/40b_audit.ipynb #6ffdc091
 PUBMEDQA_GOLD = (103, 72, 25)  # yes, no, maybe among the 200 test questions

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'STAGES', 'Stages', 'example_of', 'TuningData', 'tuning_data', 'seeds_from', 'ClinicalRun', 'about',
-           'open_clinical_run', 'tune', 'score_stage', 'stored_stage', 'models_beside', 'beside_notes', 'plain',
+           'open_clinical_run', 'tune', 'score_stage', 'stored_stage', 'models_beside', 'beside_notes', 'over_patients',
            'averaged', 'stage_results', 'differences', 'try_settings']
 
 # %% ../nbs/30e_clinical_tuning.ipynb #d7f1ac84
@@ -203,11 +203,11 @@ def beside_notes(
     "Whether the texts of pretraining were kept apart from the notes."
     return {arm: note_beside(folder, EvaluationSet("notes", notes)) for arm, folder in models.items()}
 
-def plain(
+def over_patients(
     interval: Interval | None,
-) -> dict | None:
-    "An interval as data."
-    return None if interval is None else {"estimate": interval.estimate, "ci95": [interval.low, interval.high], "patients": interval.n}
+) -> dict | None:  # estimate, ci95, patients
+    "An interval over patients as data."
+    return None if interval is None else interval.data("estimate") | {"patients": interval.n}
 
 def averaged(
     runs: list[list[NoteScore]],  # the same notes for each seed
@@ -225,8 +225,8 @@ def stage_results(
     for task in runs[0]:
         scores = averaged([run[task] for run in runs])
         found[task] = {"notes": len(scores), "seeds": len(runs), "ended": sum(s.ended for run in runs for s in run[task]) / (len(scores) * len(runs)),
-                       **{kind: {m: plain(mean_rouge(scores, m, within)) for m in ROUGES} for kind, within in (("whole reference", False), ("first tokens", True))},
-                       "content": {m: plain(i) for m, i in stage_content([s.content for run in runs for s in run[task]]).items()}}
+                       **{kind: {m: over_patients(mean_rouge(scores, m, within)) for m in ROUGES} for kind, within in (("whole reference", False), ("first tokens", True))},
+                       "content": {m: over_patients(i) for m, i in stage_content([s.content for run in runs for s in run[task]]).items()}}
     return found
 
 def differences(
@@ -242,7 +242,7 @@ def differences(
                 for m in ROUGES:
                     each = [rouge_difference([x], [y], m, within) for x, y in zip(a, b)] if len(a) == len(b) > 1 else []
                     seeds = [i.estimate for i in each if i is not None]
-                    found.append({"first": first, "second": second, "task": task, "reference": kind, "measure": m, "difference": plain(rouge_difference(a, b, m, within)), "by_seed": seeds})
+                    found.append({"first": first, "second": second, "task": task, "reference": kind, "measure": m, "difference": over_patients(rouge_difference(a, b, m, within)), "by_seed": seeds})
     return found
 
 # %% ../nbs/30e_clinical_tuning.ipynb #aa9caba1
@@ -259,9 +259,9 @@ def try_settings(
     for i, row in enumerate(settings):
         model, summary = tune(clinical, arm, row, data, f"settings-{i}")
         scores.append(score_stage(clinical, f"settings-{i}", model, items))
-        rouge = {task: plain(mean_rouge(some, "ROUGE-1 F1")) for task, some in scores[-1].items()}
+        rouge = {task: over_patients(mean_rouge(some, "ROUGE-1 F1")) for task, some in scores[-1].items()}
         rows.append({"learning_rate": row.learning_rate, "steps": summary["steps"], "validation_loss": summary["best_validation_loss"]["selection"], "rouge": rouge})
     losses = [row["validation_loss"] for row in rows]
     found = {task: loss_against_rouge(losses, [s[task] for s in scores]) for task in items}
     means = {task: [sum(n.rouge["ROUGE-1 F1"] for n in s[task]) / len(s[task]) for s in scores] for task in items}
-    return {"settings": rows, "rank_correlation": {task: {**(plain(i) or {}), "exact_p": exact_rank_p(losses, means[task])} for task, i in found.items()}}
+    return {"settings": rows, "rank_correlation": {task: {**(over_patients(i) or {}), "exact_p": exact_rank_p(losses, means[task])} for task, i in found.items()}}

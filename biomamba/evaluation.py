@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 
 from .collection import Collection
-from .comparison import Candidate, candidate, cut, encode, open_model, score_texts
+from .comparison import Candidate, candidate, check_texts, cut, encode, open_model, score_texts
 from .contamination import EvaluationSet, evaluation_sets, read_set
 from .corpus import decontamination_note, said_beside
 from .heldout import test_texts
@@ -45,6 +45,7 @@ def results_of(
     precision: str,
 ) -> dict:  # plain
     "What one or two models of one tokenizer make of texts."
+    check_texts(texts)
     candidates = [candidate(name) for name in (model, adapted) if name]
     probe = [text[:2000] for some in texts.values() for text in some[:3]]
     if any(encode(c, text) != encode(candidates[0], text) for c in candidates for text in probe):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .runs import UserError
-from .statistics import Interval, discordant, mcnemar_exact, paired_bootstrap, wilson_interval
+from .statistics import Interval, check_options, columns_of, discordant, finite, mcnemar_exact, tango_interval, wilson_interval
 
 # %% ../nbs/20_metrics.ipynb #13c58a2d
 @dataclass(frozen=True)
@@ -103,10 +103,11 @@ def bootstrap_metric(
     level: float = 0.95,
 ) -> Interval:
     "A metric, or the difference of two systems in it, with its bootstrap interval over items."
+    check_options(level, draws)
     systems = [item_values(metric, golds, some) for some in (givens, others) if some is not None]
     def value(index): return np.subtract.reduce([float(metric.aggregate([values[i] for i in index])) for values in systems[::-1]])
     n, generator = len(golds), np.random.default_rng(seed)
-    if n < 2: raise UserError(f"{metric.name} has {n} item; an interval needs at least 2")
+    if n < 2: raise UserError(f"{metric.name} has {n} item; at least 2 are needed")
     drawn = [value(index) for index in generator.integers(0, n, size=(draws, n))]
     tail = (1 - level) / 2
     return Interval(float(value(range(n))), *map(float, np.quantile(drawn, [tail, 1 - tail])), level=level, n=n)
@@ -132,11 +133,11 @@ def paired_answers(
     golds: Sequence[str],
     first: Sequence[str],    # answers of the first system
     second: Sequence[str],   # of the second, to the same items
-    seed: int = 0,           # of the resampling
 ) -> Paired:
     "Compare two systems item by item."
     a, b = (item_values(ACCURACY, golds, some) for some in (first, second))
-    return Paired(paired_bootstrap(a, b, seed=seed), *discordant(a, b), mcnemar_exact(a, b))
+    apart = discordant(a, b)
+    return Paired(tango_interval(*apart, len(golds)), *apart, mcnemar_exact(a, b))
 
 # %% ../nbs/20_metrics.ipynb #9648f620
 def holm(
@@ -145,6 +146,8 @@ def holm(
     "Holm's corrected p-values, in the same order."
     from statsmodels.stats.multitest import multipletests
     if not len(p_values): return []
+    for k, p in enumerate(finite(p_values, "p_values")):
+        if not 0 <= p <= 1: raise UserError(f"p_values[{k}] is {p}; a number from 0 to 1 is accepted")
     corrected = multipletests(list(p_values), method="holm")[1]
     assert corrected is not None, "Holm's method corrects every p-value"
     return [float(p) for p in corrected]
@@ -156,7 +159,8 @@ def seed_interval(
 ) -> Interval:
     "The mean over runs with Student's interval."
     from statsmodels.stats.weightstats import DescrStatsW
-    numbers = np.asarray(values, float)
+    check_options(level)
+    numbers = finite(values, "values")
     if len(numbers) < 2: raise UserError(f"the interval over {len(numbers)} runs was asked for; at least 2 are needed")
     low, high = DescrStatsW(numbers).tconfint_mean(alpha=1 - level)
     return Interval(float(numbers.mean()), float(low), float(high), level, len(numbers))
@@ -174,7 +178,7 @@ def brier(
     classes: tuple[str, ...],   # in the order of the probabilities
 ) -> Metric:
     "Brier score of probabilities, in [0, 1]."
-    def item(gold, given): return float(sum((p - (gold == c)) ** 2 for c, p in zip(classes, given, strict=True)) / 2)
+    def item(gold, given): return float(sum((p - (gold == c)) ** 2 for c, p in zip(classes, given, strict=True)) + (gold not in classes)) / 2
     return Metric("Brier", "lower", item, np.mean)
 
 # %% ../nbs/20_metrics.ipynb #029bd478
@@ -204,8 +208,10 @@ def reliability(
     bins: int = 10,
 ) -> list[Bin]:              # without empty ones
     "The bins of a reliability diagram."
-    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    confidence, correct = columns_of(1, confidence=confidence, correct=correct)
+    outside = np.flatnonzero((confidence < 0) | (confidence > 1))
+    if outside.size: raise UserError(f"confidence[{outside[0]}] is {confidence[outside[0]]:g}; a number from 0 to 1 is accepted")
+    place = np.searchsorted(np.arange(1, bins) / bins, confidence, side="right")
     return [Bin(b / bins, (b + 1) / bins, int((place == b).sum()), float(confidence[place == b].mean()), float(correct[place == b].mean()))
             for b in np.unique(place)]
 
@@ -236,8 +242,9 @@ def risk_coverage(
     correct: np.ndarray,     # (n,)
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) coverage 1/n … 1, (n,) risk among the answers so far
     "Error rate of the most confident answers."
-    values, group, size = np.unique(-np.asarray(confidence, float), return_inverse=True, return_counts=True)
-    errors = np.bincount(group, weights=1 - np.asarray(correct, float)) / size
+    confidence, correct = columns_of(1, confidence=confidence, correct=correct)
+    _, group, size = np.unique(-confidence, return_inverse=True, return_counts=True)
+    errors = np.bincount(group, weights=1 - correct) / size
     answered = np.arange(1, len(group) + 1)
     return answered / len(group), np.cumsum(np.repeat(errors, size)) / answered
 
@@ -249,13 +256,17 @@ def _scorer():
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 @functools.lru_cache(maxsize=4096)
+def _rouge_numbers(reference: str, text: str) -> tuple[tuple[str, float], ...]:
+    "The pairs of `rouge_scores`, which nobody can change."
+    found = {f"ROUGE-{kind[5:]}": score for kind, score in _scorer().score(reference, text).items()}
+    return tuple((f"{name} {part}", value) for name, score in found.items() for part, value in (("F1", score.fmeasure), ("recall", score.recall)))
+
 def rouge_scores(
     reference: str,
     text: str,   # that a system wrote
 ) -> dict:       # "ROUGE-1 F1", "ROUGE-1 recall", … in [0, 1]
     "ROUGE-1, -2 and -L of one text."
-    found = {f"ROUGE-{kind[5:]}": score for kind, score in _scorer().score(reference, text).items()}
-    return {f"{name} {part}": value for name, score in found.items() for part, value in (("F1", score.fmeasure), ("recall", score.recall))}
+    return dict(_rouge_numbers(reference, text))
 
 # %% ../nbs/20_metrics.ipynb #5950938e
 def _rouge(name: str) -> Metric:

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'GAIN', 'GENERAL', 'GOAL', 'FORMS', 'STEEPEST', 'STARTS', 'LEAST', 'table_mixtures', 'mixtures_asked',
            'mean_loss', 'goal_asked', 'Law', 'fit_law', 'leave_one_out', 'rms', 'MixtureLaw', 'fit_mixture_law',
-           'grid_inside', 'propose', 'interpolated', 'dial_asked', 'plain_interval', 'figures_of', 'law_figures',
-           'prediction_figures']
+           'grid_inside', 'propose', 'interpolated', 'dial_asked', 'figures_of', 'law_figures', 'prediction_figures']
 
 # %% ../nbs/11a_mixing.ipynb #cdaac4fe
 import itertools, math
@@ -150,7 +149,9 @@ def leave_one_out(
     others = [np.arange(len(x)) != i for i in range(len(x))]
     return np.array([y[i] - fit_law(form, x[kept], y[kept], starts)(x[i : i + 1])[0] for i, kept in enumerate(others)])
 
-def rms(errors: np.ndarray | float) -> float: return float(np.sqrt(np.mean(np.square(errors))))
+def rms(errors: np.ndarray | float) -> float:
+    "The root of the mean square."
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 # %% ../nbs/11a_mixing.ipynb #7c81a08a
 @dataclass(frozen=True)
@@ -231,10 +232,6 @@ def dial_asked(
     return asked
 
 # %% ../nbs/11a_mixing.ipynb #82ab5fd9
-def plain_interval(i: Interval, change: Callable = float) -> dict:  # value, ci95
-    "An interval as plain data, its numbers through a rising function."
-    return {"value": change(i.estimate), "ci95": [change(i.low), change(i.high)]}
-
 def figures_of(
     models: list[dict[str, Scores]],  # one a seed
     base: dict[str, Scores],
@@ -244,10 +241,10 @@ def figures_of(
     one = {source: mean_loss(models, {source: 1.0}) for source in SOURCES}
     moved = {source: mean_loss(models, {source: 1.0}, [base]) for source in SOURCES}
     fall = moved["pubmed"]
-    return {"ppl": {s: plain_interval(i, math.exp) for s, i in one.items()}, "change": {s: plain_interval(i, math.expm1) for s, i in moved.items()},
+    return {"ppl": {s: i.data(change=math.exp) for s, i in one.items()}, "change": {s: i.data(change=math.expm1) for s, i in moved.items()},
             "by_seed": {s: [math.expm1(m[s].loss - base[s].loss) for m in models] for s in SOURCES},
-            "gain": {"value": -fall.estimate, "ci95": [-fall.high, -fall.low]}, "general": plain_interval(mean_loss(models, GENERAL, [base])),
-            "goal": plain_interval(mean_loss(models, goal, [base]))}
+            "gain": {"value": -fall.estimate, "ci95": [-fall.high, -fall.low]}, "general": mean_loss(models, GENERAL, [base]).data(),
+            "goal": mean_loss(models, goal, [base]).data()}
 
 # %% ../nbs/11a_mixing.ipynb #693b2a6c
 def law_figures(
@@ -270,4 +267,4 @@ def prediction_figures(
     "What was predicted of a mixture and what came, on the validation sets."
     asked = {source: {source: 1.0} for source in SOURCES} | {"goal": goal}
     found = {name: (law.predict(shares, weights), mean_loss(models, weights).estimate) for name, weights in asked.items()}
-    return {name: {"predicted": plain_interval(predicted), "measured": measured, "inside": not predicted.excludes(measured)} for name, (predicted, measured) in found.items()}
+    return {name: {"predicted": predicted.data(), "measured": measured, "inside": not predicted.excludes(measured)} for name, (predicted, measured) in found.items()}

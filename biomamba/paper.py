@@ -156,7 +156,7 @@ _TABLE_9 = Table("9", "Perplexity at 130M after continued pretraining on differe
      ("20% C4 + 20% Wikipedia", 20, 20, 8.50, 23.70, 26.36)),
     source="Table 9, Section 3.6",
     measured_on="the pilot's evaluation text: its untrained base reads 9.39, 23.29, 26.51 where Table 2's reads 9.41, 23.09, 26.58",
-    note="The relative changes that are printed beside these numbers are left out: they follow from them")
+    note="The relative changes that are printed beside these numbers are left out: they follow from them to a tenth of a point")
 
 # %% ../nbs/00_paper.ipynb #2c965d4f
 _TABLE_12 = Table("12", "Best validation loss of each run and the step at which it occurred",

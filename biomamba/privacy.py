@@ -21,7 +21,7 @@ from .generation import generate
 from .perplexity import score
 from .records import Document
 from .runs import Recipe, UserError, progress
-from .statistics import Interval, wilson_interval
+from .statistics import Interval, finite, wilson_interval
 
 # %% ../nbs/33_privacy.ipynb #33bb5ee1
 FORM, DIGITS = "The number of this record is {}.", 8
@@ -91,6 +91,7 @@ def exposure_bits(
     references: np.ndarray,   # (R,) nats
 ) -> np.ndarray:  # (canaries,) bits
     "Exposure of canaries among references."
+    losses, references = finite(losses, "losses"), finite(references, "references")
     ranks = 1 + np.searchsorted(np.sort(references), losses, side="right")
     return math.log2(len(references) + 1) - np.log2(ranks)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY_QA', 'TINY_SHARE', 'MOST_VALIDATION', 'TESTED', 'base_of', 'tiny_run', 'models_of', 'splits_of', 'share_of',
-           'qa_recipe', 'seeds_of', 'read_test', 'run_arm', 'run_all', 'scored', 'plain', 'over_seeds', 'arm_results',
-           'right', 'paired_results', 'protocol_results', 'identity_of_answers', 'beside', 'assemble_answers']
+           'qa_recipe', 'seeds_of', 'read_test', 'run_arm', 'run_all', 'scored', 'over_seeds', 'arm_results', 'right',
+           'paired_results', 'protocol_results', 'identity_of_answers', 'beside', 'assemble_answers']
 
 # %% ../nbs/21c_protocols.ipynb #53546d7b
 import datetime, json, shutil
@@ -27,7 +27,7 @@ from .recipe import progress, recipe
 from .runs import Run, UserError, cache_dir, given, resolve, run_dir_for, write_atomic
 from .sft import SftRecipe, fine_tune, sft_recipe
 from .sources import sources_of
-from .statistics import Interval, paired_bootstrap
+from .statistics import paired_difference
 from .training import identity_of, make_base, pretrain, weights_of
 
 # %% ../nbs/21c_protocols.ipynb #0daccdb7
@@ -196,16 +196,12 @@ def scored(
     return found
 
 # %% ../nbs/21c_protocols.ipynb #74f6b6d3
-def plain(interval: Interval) -> dict:
-    "An interval as plain data."
-    return {"mean": interval.estimate, "ci95": [interval.low, interval.high]}
-
 def over_seeds(
     values: Sequence[float],   # one of each seed
 ) -> dict:                     # mean, ci95 (None for one seed), each
     "The mean of several runs."
     values = [float(v) for v in values]
-    return (plain(seed_interval(values)) if len(values) > 1 else {"mean": values[0], "ci95": None}) | {"each": values}
+    return (seed_interval(values).data("mean") if len(values) > 1 else {"mean": values[0], "ci95": None}) | {"each": values}
 
 # %% ../nbs/21c_protocols.ipynb #226350ac
 def arm_results(
@@ -234,7 +230,7 @@ def paired_results(
     assert [[p.id for p in some] for some in base] == [[p.id for p in some] for some in adapted], "both arms must have answered the same items"
     each = [paired_answers([p.gold for p in a], [p.prediction for p in a], [p.prediction for p in b]) for a, b in zip(base, adapted)]
     by_seed = [pair.data() | {"holm_p": p} for pair, p in zip(each, holm([pair.p for pair in each]))]
-    return {"over_items": plain(paired_bootstrap(right(base), right(adapted))), "over_seeds": over_seeds([pair.difference.estimate for pair in each]), "by_seed": by_seed}
+    return {"over_items": paired_difference(right(base), right(adapted)).data("mean"), "over_seeds": over_seeds([pair.difference.estimate for pair in each]), "by_seed": by_seed}
 
 # %% ../nbs/21c_protocols.ipynb #6fe271b9
 def protocol_results(
@@ -245,7 +241,7 @@ def protocol_results(
     golds = [p.gold for p in runs["base"][0]]
     constant = majority_answer([g for g in golds if g in classes])
     always = np.array([float(g == constant) for g in golds])
-    gains = {arm: plain(paired_bootstrap(always, right(some))) for arm, some in runs.items()}
+    gains = {arm: paired_difference(always, right(some)).data("mean") for arm, some in runs.items()}
     batches = sorted({p.batch for p in runs["base"][0]} - {""})
     by_batch = {b: {arm: scored([p for p in some[0] if p.batch == b], classes) for arm, some in runs.items()} for b in batches}
     return {"n": len(golds), "classes": list(classes), "golds": {g: golds.count(g) for g in dict.fromkeys(golds)},

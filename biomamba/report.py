@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .paper import table
 from .runs import UserError, project_root, read_metrics, resolve, write_atomic
-from .statistics import Interval
+from .statistics import Interval, finite
 
 # %% ../nbs/40_report.ipynb #40965e33
 @dataclass(frozen=True)
@@ -202,6 +202,7 @@ def sparkline(
     values: list[float],
 ) -> str:  # one character per value
     "A curve in one line of text."
+    if not len(finite(values, "values")): raise UserError("a curve of no values was asked for; at least one is accepted")
     low, high = min(values), max(values)
     return "".join(BLOCKS[round((v - low) / (high - low) * 7)] if high > low else BLOCKS[3] for v in values)
 

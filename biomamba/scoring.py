@@ -21,7 +21,7 @@ from .generation import generate
 from .metrics import rouge_scores
 from .runs import UserError, fingerprint, progress, write_atomic
 from .sft import ids_of
-from .statistics import Interval
+from .statistics import Interval, finite
 
 # %% ../nbs/30d_scoring.ipynb #ed2263ee
 TEMPLATES = {"completion": ("", ""), "discharge": ("", "\nAt discharge:\n")}  # what stands before and behind the context
@@ -200,7 +200,7 @@ def ranks(
     values: Iterable[float],
 ) -> np.ndarray:  # from 1; equal values share their mean rank
     "Ranks of numbers."
-    values = np.asarray(list(values), float)
+    values = finite(list(values), "values")
     return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) + 1) / 2
 
 def rank_correlation(

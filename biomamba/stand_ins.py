@@ -31,7 +31,9 @@ def byte_level(
     found = json.loads(train_tokenizer(texts, VOCABULARY).to_str())["model"]
     return {"vocab": found["vocab"], "merges": [tuple(pair) for pair in found["merges"]]}
 
-def gpt2_tokenizer(texts: list[str]): return GPT2Tokenizer(**byte_level(texts))  # <|endoftext|> begins and ends
+def gpt2_tokenizer(texts: list[str]):
+    "GPT-2's kind: bytes, and <|endoftext|> that begins and ends."
+    return GPT2Tokenizer(**byte_level(texts))
 
 def llama_tokenizer(texts: list[str]):
     "Llama 3's kind: bytes, and a first token of its own."

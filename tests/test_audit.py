@@ -14,7 +14,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from biomamba import claims, paper_results
 from biomamba.audit import (ITEMS, PUBMEDQA_GOLD, VERDICTS, Finding, _totals, accuracy_figure, accuracy_interval, confusion_tables,
-                            correct_answers, findings_table, least_p, mixture_figure, mixture_scores, outside_classes, outside_figure, published_tables)
+                            correct_answers, findings_table, least_discordant, least_p, mixture_figure, mixture_scores, outside_classes, outside_figure,
+                            published_least_p, published_outside, published_tables)
 from biomamba.claims import PRINTED_INTERVALS, all_findings
 from biomamba.paper import SCALES, TABLES, table
 from biomamba.paper_results import ARMS, RESULTS, published_table
@@ -134,8 +135,25 @@ def test_intervals_are_wilsons(benchmark, scale, arm):
 def test_no_pair_of_answer_lists_gives_a_smaller_p(ahead, both_ways):
     "The bound is reached without, and never crossed with, questions that only the worse model got right."
     p = mcnemar([[0, both_ways], [ahead + both_ways, 0]], exact=True).pvalue
-    assert p >= least_p(ahead) - 1e-12
-    if both_ways == 0: assert p == pytest.approx(least_p(ahead))
+    assert p >= least_p([0], [ahead]) - 1e-12
+    if both_ways == 0: assert p == pytest.approx(least_p([0], [ahead]))
+
+
+@given(st.lists(st.tuples(st.sampled_from("yn"), st.booleans(), st.booleans()), min_size=2, max_size=40))
+def test_no_answers_with_the_same_right_answers_by_class_give_a_smaller_p(questions):
+    "Any answers of two models: the test on them gives no less than the bound from their right answers by class."
+    before, after = ([sum(question[0] == c and question[k] for question in questions) for c in "yn"] for k in (1, 2))
+    lost, gained = sum(a and not b for _, a, b in questions), sum(b and not a for _, a, b in questions)
+    least = least_discordant(before, after)
+    assert lost >= least[0] and gained >= least[1] and gained - lost == least[1] - least[0]
+    assert min(1, mcnemar([[0, lost], [gained, 0]], exact=True).pvalue) >= least_p(before, after) - 1e-12
+
+
+def test_mcnemar_on_bioasq_at_130m_cannot_reach_five_percent():
+    "23 more right yeses and 11 fewer right noes: statsmodels' test of the only table that fits."
+    assert published_outside("BioASQ", "130m", "base+sft") == {0: {(20, 24)}} and published_outside("BioASQ", "130m", "adapted+sft") == {0: {(43, 13)}}
+    assert published_least_p("BioASQ", "130m") == pytest.approx(mcnemar([[0, 11], [23, 0]], exact=True).pvalue) == pytest.approx(0.0576, abs=5e-5)
+    assert "130m 0.058" in claims.gain_claims()[0].consequence and "at no scale" in claims.gain_claims()[0].consequence
 
 
 # ---------------------------------------------------------------- tables of answers

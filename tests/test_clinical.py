@@ -22,7 +22,7 @@ from biomamba.guards import Hidden
 from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.records import Document
 from biomamba.runs import UserError, mark_restricted, recipe, restricted
-from biomamba.scoring import Answer, exact_rank_p, kept_answers, last_ids, score_answers, write_public
+from biomamba.scoring import Answer, exact_rank_p, kept_answers, last_ids, rank_correlation, score_answers, write_public
 from biomamba.sections import parse_sections
 from biomamba.steps import train_tokenizer, wrap_tokenizer
 
@@ -406,3 +406,9 @@ def test_open_notes_run_through_and_no_text_gets_out(shaped, tmp_path, tokenizer
     assert len(outside) > 8 and not [str(p) for p in outside if holds(p.read_bytes())]
     assert list((run / "private/cases").glob("case-*.png")) and oct((run / "private").stat().st_mode)[-3:] == "700"
     assert all(not p.stat().st_mode & 0o077 for p in (run / "private").glob("*.jsonl")) or os.name != "posix"
+
+
+@pytest.mark.parametrize("values", [[2.5, float("nan"), 2.3], [2.5, float("inf"), 2.3]])
+def test_a_loss_that_is_not_finite_has_no_rank(values):
+    for ranked in (rank_correlation, exact_rank_p):
+        with pytest.raises(UserError, match=r"values\[1\] is (nan|inf)"): ranked(values, [1, 2, 3])

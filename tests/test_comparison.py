@@ -1,4 +1,5 @@
 "Any causal model on the same characters: cut once, scored whole, the same for any batch."
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from biomamba.comparison import candidate, compare, cut, encode, fits, models_asked, open_model, round_trips, score_texts
+from biomamba.comparison import bits_per_byte, candidate, compare, cut, encode, fits, models_asked, open_model, round_trips, score_texts
+from biomamba.evaluation import results_of
 from biomamba.heldout import test_texts as texts_of
 from biomamba.runs import UserError, mark_restricted, restricted
 from biomamba.sample import sample_documents
@@ -112,3 +114,24 @@ def test_stand_ins_do_not_spell_restricted_texts(tmp_path):
     assert restricted(tmp_path / "run") == "ward 7" and (tmp_path / "run").stat().st_mode & 0o777 == 0o700
     made = [p for p in [*(tmp_path / "run").rglob("*"), tmp_path / "out.ipynb"] if p.is_file()]
     assert (tmp_path / "run" / "results.json") in made and not [p for p in made if b"Quarkfield" in p.read_bytes() or b"Zebulon" in p.read_bytes()]
+
+
+# ---------------------------------------------------------------- what an error names
+
+def test_an_empty_text_is_named(places):
+    name, place = next(iter(places.items()))
+    for refused in (lambda: compare({name: place}, {"pubmed": [TEXTS[0], ""]}), lambda: results_of(str(place), None, {"pubmed": [TEXTS[0], ""]}, None, "fp32")):
+        with pytest.raises(UserError, match="text 1 of pubmed is empty; texts of at least one character are accepted"): refused()
+
+
+def test_a_window_that_holds_no_character_is_the_models_own(places):
+    "An emoji is several tokens; the window is not given, so the model's is named."
+    narrow = [dataclasses.replace(c, window=1) for c in (candidate(name, place) for name, place in places.items()) if not c.mamba]
+    with pytest.raises(UserError, match="a window of 1 tokens holds not one character"): cut("\N{SLIGHTLY SMILING FACE}", narrow)
+    with pytest.raises(UserError, match="the text is empty"): cut("", narrow)
+
+
+def test_bits_per_byte_of_cut_texts_are_refused(places):
+    ours = candidate(OURS, places[OURS])
+    with pytest.raises(UserError, match="3 of 3 texts have no known bytes.* scores of whole texts are accepted"):
+        bits_per_byte(score_texts(ours, open_model(ours), TEXTS[:3], window=16))

@@ -100,7 +100,7 @@ def test_the_bootstrap_of_f1_is_that_of_all_resamples():
 
 def test_the_difference_of_a_system_to_itself_is_nothing():
     golds, givens = ["yes", "no", "yes"], ["yes", "yes", "yes"]
-    found = bootstrap_metric(f1(YES_NO), golds, givens, givens, draws=50)
+    found = bootstrap_metric(f1(YES_NO), golds, givens, givens, draws=100)
     assert (found.low, found.estimate, found.high) == (0, 0, 0)
 
 
@@ -136,7 +136,7 @@ def test_probabilities_and_their_bounds(pairs):
 
 def test_an_answer_outside_the_classes_is_never_right():
     p = np.array([[1.0, 0.0]])
-    assert measure(brier(YES_NO), ["maybe"], p) == 0.5 and measure(ece(YES_NO), ["maybe"], p) == 1.0
+    assert measure(brier(YES_NO), ["maybe"], p) == measure(brier(YES_NO), ["no"], p) == 1.0 and measure(ece(YES_NO), ["maybe"], p) == 1.0
 
 
 def test_bins_hold_every_answer_once():
@@ -144,6 +144,12 @@ def test_bins_hold_every_answer_once():
     found = reliability(sure, np.ones(7))
     assert [(b.low, b.n) for b in found] == [(0.0, 2), (0.1, 2), (0.2, 1), (0.9, 2)]
     assert calibration_error(sure, np.ones(7)) == pytest.approx(1 - sure.mean())
+
+
+@pytest.mark.parametrize("bins", [10, 100, 1000])
+def test_a_confidence_on_a_border_belongs_to_the_upper_bin(bins):
+    "Also where confidence × bins falls short of the whole number, as 0.29 × 100 does."
+    for k in range(bins): assert reliability([k / bins], [1], bins=bins)[0].low == k / bins
 
 
 def test_a_calibrated_system_is_found_calibrated():
@@ -191,6 +197,13 @@ def test_rouge_l_is_not_rouge_lsum():
     assert rouge_scores(reference, text)["ROUGE-L F1"] == 0.5 < summed == 1.0
 
 
+def test_what_a_caller_does_to_rouge_scores_changes_no_later_ones():
+    first = rouge_scores("fever and cough", "fever")
+    kept = dict(first)
+    first["ROUGE-1 F1"] = -1.0
+    assert rouge_scores("fever and cough", "fever") == kept
+
+
 def test_rouge_is_stemmed_and_empty_texts_count():
     assert rouge_scores("patient discharge", "patients discharged")["ROUGE-2 F1"] == 1.0
     assert measure(ROUGE["ROUGE-1 F1"], ["a b", "a b"], ["a b", ""]) == 0.5
@@ -205,6 +218,19 @@ def test_rouge_is_stemmed_and_empty_texts_count():
     (lambda: majority_answer([]), "at least one training item"),
     (lambda: seed_interval([0.5]), "1 runs"),
     (lambda: bootstrap_metric(ACCURACY, ["yes"], ["yes"]), "at least 2"),
+    (lambda: bootstrap_metric(ACCURACY, ["yes", "no"], ["yes", "yes"], level=95), "level is 95"),
+    (lambda: bootstrap_metric(ACCURACY, ["yes", "no"], ["yes", "yes"], draws=3), "draws is 3"),
+    (lambda: bootstrap_metric(ACCURACY, ["yes", "no"], ["yes", "yes"], draws=0), "draws is 0"),
+    (lambda: seed_interval([0.5, 0.6], level=95), "level is 95"),
+    (lambda: seed_interval([0.5, float("nan"), 0.6]), r"values\[1\] is nan"),
+    (lambda: holm([0.01, float("nan"), 0.03]), r"p_values\[1\] is nan"),
+    (lambda: holm([0.01, 1.5, -0.03]), r"p_values\[1\] is 1.5; a number from 0 to 1"),
+    (lambda: holm([0.01, -0.03]), r"p_values\[1\] is -0.03"),
+    (lambda: reliability([float("nan"), 0.5], [1, 0]), r"confidence\[0\] is nan"),
+    (lambda: reliability([0.5, 1.2], [1, 0]), r"confidence\[1\] is 1.2; a number from 0 to 1"),
+    (lambda: reliability([0.5, 0.6], [1]), "equal length"),
+    (lambda: calibration_error([], []), "confidence holds 0 values; at least 1"),
+    (lambda: risk_coverage([0.5, float("nan")], [1, 0]), r"confidence\[1\] is nan"),
 ])
 def test_refusals(call, says):
     with pytest.raises(UserError, match=says): call()

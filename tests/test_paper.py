@@ -118,6 +118,20 @@ def test_tables_that_repeat_a_score_agree(scale, benchmark):
     assert eleven[f"{benchmark} gain"] == round(eleven[f"{benchmark} adapted+sft"] - eleven[f"{benchmark} base+sft"], 2)
 
 
+def test_the_changes_that_table_9_prints_follow_to_a_tenth_of_a_point(paper):
+    printed = {row[0]: [float(cell.rstrip("%")) for cell in row[4::2]]
+               for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in paper.read_text(encoding="utf-8").splitlines()
+                           if line.startswith("|")) if len(row) == 9 and row[0] in table(9).column("configuration")[1:]}
+    assert len(printed) == 16 and "to a tenth of a point" in table(9).note
+    base, off = table(9).rows[0][3:], 0
+    for name, *_, a, b, c in table(9).rows[1:]:
+        for value, before, change in zip((a, b, c), base, printed[name], strict=True):
+            away = round(abs(round(100 * abs(value / before - 1), 1) - change), 1)
+            off += away > 0
+            assert away <= 0.1, (name, value, before, change)
+    assert off == 6
+
+
 def table_row(number: str, *names: str) -> dict:
     return published_table(number).row(*names)
 

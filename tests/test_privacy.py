@@ -18,6 +18,11 @@ def test_exposure_is_the_rank_counted_by_hand(losses, references):
     assert (bits >= -1e-12).all() and (bits <= np.log2(len(references) + 1) + 1e-12).all()
 
 
+@pytest.mark.parametrize("losses, references, says", [([1.0, np.nan], [2.0], r"losses\[1\] is nan"), ([1.0], [np.inf, 2.0], r"references\[0\] is inf")])
+def test_a_loss_that_is_not_finite_has_no_exposure(losses, references, says):
+    with pytest.raises(UserError, match=says): exposure_bits(np.array(losses), np.array(references))
+
+
 def test_canaries_differ_from_each_other_and_from_other_seeds():
     lines = lines_of_form(500, 0)
     assert len(set(lines)) == 500 and all(sum(c.isdigit() for c in line) == DIGITS for line in lines)

@@ -25,6 +25,7 @@ from biomamba.questions import (YES_NO, YES_NO_MAYBE, Question, apart, balanced,
 from biomamba.recipe import recipe
 from biomamba.runs import UserError
 from biomamba.sample import sample_documents, sample_questions
+from biomamba.statistics import tango_interval
 from biomamba.steps import train_tokenizer, wrap_tokenizer
 from biomamba.training import weights_of
 
@@ -326,6 +327,11 @@ def test_results_of_known_answers():
     assert [(p["only_base"], p["only_adapted"]) for p in paired["by_seed"]] == [(0, 2), (1, 4)] and paired["by_seed"][0]["mcnemar_p"] == 0.5
     assert found["arms"]["base"]["above_majority"]["mean"] == pytest.approx(-0.125)
     one = protocol_results({"base": base[:1], "adapted": adapted[:1]}, YES_NO)
+    by_seed = one["adapted_minus_base"]["by_seed"][0]
+    assert one["adapted_minus_base"]["over_items"] == {"mean": by_seed["difference"], "ci95": by_seed["ci95"]}, "one seed: both are of the same answers"
+    assert by_seed["ci95"] == [(w := tango_interval(0, 2, 8)).low, w.high]
+    same = protocol_results({"base": base[:1], "adapted": base[:1]}, YES_NO)
+    assert same["adapted_minus_base"]["over_items"]["ci95"][0] < -0.3 and same["arms"]["base"]["above_majority"]["ci95"][1] > 0.3
     assert one["arms"]["base"]["accuracy"]["ci95"] is None and len(one["arms"]["base"]["wilson"]) == 1
     json.dumps(found, allow_nan=False)
 

@@ -13,7 +13,7 @@ from biomamba.found import KINDS, find, runs_table
 from biomamba.paper_results import published_table
 from biomamba.pictures import language_figure, said, workflow_figure
 from biomamba.recipe import deciding, recipe
-from biomamba.report import find_runs, save_figure
+from biomamba.report import find_runs, save_figure, sparkline
 from biomamba.runs import UserError, mark_restricted
 from biomamba.sheets import all_sheets, latex_text, results, sheet, write_sheets
 from biomamba.statistics import Interval
@@ -192,3 +192,8 @@ def test_series_differ_in_grey(tmp_path, runs):
     path = save_figure(language_figure(find(f"{runs}/*")), tmp_path, "language")[1]
     plt.close("all")
     with Image.open(path) as picture: assert picture.size[0] > 800
+
+
+@pytest.mark.parametrize("values, says", [([1.0, float("nan"), 2.0], r"values\[1\] is nan"), ([], "a curve of no values was asked for; at least one is accepted")])
+def test_a_curve_of_what_is_no_number_is_refused(values, says):
+    with pytest.raises(UserError, match=says): sparkline(values)

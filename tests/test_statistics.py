@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 import biomamba
 from biomamba.runs import UserError
-from biomamba.statistics import (Interval, bootstrap_ratio, discordant, mcnemar_exact, normal_quantile,
-                                 paired_bootstrap, paired_ratio_change, resampled_sums, wilson_interval)
+from biomamba.statistics import (Interval, bootstrap_ratio, discordant, mcnemar_exact, normal_quantile, paired_bootstrap,
+                                 paired_difference, paired_ratio_change, resampled_sums, tango_interval, wilson_interval)
 
 
 def documents(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +104,12 @@ def test_the_mean_difference_has_the_sign_of_the_second_system():
     assert paired_bootstrap([1.0, 2.0, 3.0], [2.0, 3.0, 5.0]).estimate == pytest.approx(4 / 3)
 
 
+def test_an_interval_is_plain_data():
+    interval = Interval(1.0, 0.0, 2.0, n=40)
+    assert interval.data() == {"value": 1.0, "ci95": [0.0, 2.0]}
+    assert interval.data("mean", math.expm1) == {"mean": math.expm1(1), "ci95": [0.0, math.expm1(2)]}
+
+
 def test_few_documents_are_named():
     assert repr(bootstrap_ratio(*documents(5))).endswith("from 5")
     assert "from" not in repr(bootstrap_ratio(*documents(30)))
@@ -141,14 +149,52 @@ def test_mcnemar_takes_thousands_of_items():
     assert mcnemar_exact(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+def test_mcnemar_of_one_question_and_of_very_many():
+    assert mcnemar_exact([1], [0]) == mcnemar_exact([1], [1]) == 1.0
+    assert 0 < mcnemar_exact([1] * 1200, [0] * 1200) < 1e-300
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("n", [1, 7, 30])
+def test_tangos_interval_holds_the_differences_that_its_score_accepts(n, level):
+    "The restricted likelihood is maximised here by search, not by Tango's formula."
+    z = scipy.stats.norm.ppf((1 + level) / 2)
+    def score(b, c, change):
+        low, high = max(0.0, -change), (1 - change) / 2  # of the share that only the first gets right
+        loss = lambda q: -(scipy.special.xlogy(b, q) + scipy.special.xlogy(c, q + change) + scipy.special.xlogy(n - b - c, max(0.0, 1 - 2 * q - change)))
+        q = min(scipy.optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x, low, high, key=loss)
+        return (c - b - n * change) / np.sqrt(n * (2 * q + change * (1 - change)))
+    for b, c in [(b, c) for b in range(0, n + 1, 3) for c in range(0, n + 1 - b, 3)]:
+        found, other = tango_interval(b, c, n, level), tango_interval(c, b, n, level)
+        assert -1 <= found.low <= found.estimate <= found.high <= 1 and found.low < found.high
+        assert (other.low, other.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
+        for bound in {found.low, found.high} - {-1.0, 1.0}: assert abs(score(b, c, bound)) == pytest.approx(z, rel=2e-3)
+
+
+@pytest.mark.parametrize("b, c", [(0.0, 0.012), (0.012, 0.012), (0.1, 0.2)])
+def test_tangos_interval_covers(b, c):
+    "Simulated: 82 questions, few or many of which tell the systems apart."
+    drawn = np.random.default_rng(5).multinomial(82, [b, c, 1 - b - c], size=1500)
+    held = np.mean([not tango_interval(int(first), int(second), 82).excludes(c - b) for first, second, _ in drawn])
+    assert 0.93 < held
+
+
+def test_right_and_wrong_never_have_an_interval_of_width_zero():
+    same = paired_difference([1, 0, 1, 1], [1, 0, 1, 1])
+    assert same.estimate == 0 and same.low == pytest.approx(-same.high) and same.high > 0.4
+    assert paired_difference([True, False], [True, True]) == tango_interval(0, 1, 2)
+    shares = [0.0, 0.2, 1.0], [0.4, 0.2, 1.0]
+    assert paired_difference(*shares) == paired_bootstrap(*shares)
+
+
 @pytest.mark.parametrize("p", [1e-300, 1e-9, 0.2, 0.5, 0.9])
 def test_normal_quantile(p):
     assert normal_quantile(p) == pytest.approx(scipy.stats.norm.ppf(p), abs=1e-8)
 
 
 @pytest.mark.parametrize("call, sentence", [
-    (lambda: bootstrap_ratio([], []), "numerator holds 0 documents"),
-    (lambda: bootstrap_ratio([1.0], [2]), "numerator holds 1 documents"),
+    (lambda: bootstrap_ratio([], []), "numerator holds 0 values"),
+    (lambda: bootstrap_ratio([1.0], [2]), "numerator holds 1 values"),
     (lambda: bootstrap_ratio([1.0, 2.0], [3, 0]), r"denominator\[1\] is 0"),
     (lambda: bootstrap_ratio([1.0, np.inf], [3, 4]), r"numerator\[1\] is inf"),
     (lambda: bootstrap_ratio([1.0, 2.0], [3, 4, 5]), "equal length"),
@@ -159,7 +205,10 @@ def test_normal_quantile(p):
     (lambda: paired_bootstrap([1.0], [2.0]), "a holds 1"),
     (lambda: wilson_interval(3, 2), "3 correct of 2"), (lambda: wilson_interval(0, 0), "0 correct of 0"),
     (lambda: wilson_interval(1, 2, 1.0), "level is 1.0"), (lambda: normal_quantile(0.0), "p is 0.0"),
-    (lambda: mcnemar_exact([0.5, 1.0], [1.0, 0.0]), "true and false")])
+    (lambda: mcnemar_exact([0.5, 1.0], [1.0, 0.0]), "true and false"), (lambda: mcnemar_exact([], []), "correct_a holds 0 values"),
+    (lambda: tango_interval(3, 2, 4), "3 and 2 of 4 items"), (lambda: tango_interval(-1, 2, 4), "-1 and 2 of 4 items"),
+    (lambda: tango_interval(0, 0, 0), "0 and 0 of 0 items"), (lambda: tango_interval(1, 2, 4, 95), "level is 95"),
+    (lambda: paired_difference([1.0, np.nan], [0.0, 1.0]), r"a\[1\] is nan")])
 def test_bad_input_gets_one_sentence(call, sentence):
     with pytest.raises(UserError, match=sentence):
         call()
