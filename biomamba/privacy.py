@@ -80,7 +80,7 @@ def line_losses(
     model: torch.nn.Module,
     tokenizer,
     lines: Sequence[str],
-    recipe: Recipe,   # its max_tokens, micro_batch_tokens and precision
+    recipe: Recipe,   # its micro_batch_tokens and precision
 ) -> np.ndarray:  # (lines,) nats
     "Summed loss of every line."
     ids = [np.array(tokenizer(line, add_special_tokens=False).input_ids) for line in lines]
