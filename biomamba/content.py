@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .clinical import Item
-from .sections import PARTS, parse_sections
+from .sections import PARTS, is_piece, parse_sections
 from .statistics import Interval, bootstrap_ratio
 
 # %% ../nbs/30c_content.ipynb #c0d0ac90
@@ -54,7 +54,7 @@ def names_in(
     text: str,
 ) -> set[str]:  # of PARTS
     "The sections that begin in a text."
-    return {section.name for section in parse_sections(text) if section.name in PARTS}
+    return {section.name for section in parse_sections(text) if section.name in PARTS and not is_piece(" ".join(text[slice(*section.header)].split()))}
 
 # %% ../nbs/30c_content.ipynb #610ef7c8
 PANELS = {  # panel: names, the short one first
