@@ -6,8 +6,8 @@
 __all__ = ['SIDES', 'MOST', 'Spans', 'LIMITS', 'ADMISSION', 'TARGETS', 'PUBLISHED_WITHOUT', 'TASKS', 'synthetic_notes',
            'open_notes', 'unfit', 'share_of_hash', 'side_of', 'NoteSet', 'select_notes', 'without_copies', 'load_notes',
            'Item', 'first_characters', 'last_characters', 'Limits', 'completion_item', 'published_completion_item',
-           'discharge_spans', 'minus', 'admission_and_discharge', 'discharge_item', 'sentences_of', 'repeated_share',
-           'make_items', 'shown_share']
+           'discharge_spans', 'minus', 'admission_and_discharge', 'course_hidden', 'discharge_item', 'sentences_of',
+           'repeated_share', 'make_items', 'shown_share']
 
 # %% ../nbs/30b_clinical.ipynb #cacb6717
 import heapq, re
@@ -24,7 +24,7 @@ from .guards import MIMIC, discreet
 from .records import Document, ReadReport
 from .runs import UserError, fingerprint
 from .sample import sample_notes
-from .sections import DISCHARGE, Section, parse_sections
+from .sections import DISCHARGE, Section, header_marks, in_template, parse_sections
 
 # %% ../nbs/30b_clinical.ipynb #ea1bffc7
 def synthetic_notes(
@@ -281,6 +281,13 @@ def admission_and_discharge(
     return tuple(source), tuple(target)
 
 # %% ../nbs/30b_clinical.ipynb #508817b8
+def course_hidden(
+    text: str,  # of a note
+) -> bool:
+    "Has the template's note results and no header of a hospital course, nor of an assessment? Then the results may hold it."
+    names = {section.name for section in parse_sections(text)}
+    return "Pertinent Results" in names and not names & {"Brief Hospital Course", "Assessment and Plan"} and in_template(header_marks(text))
+
 def discharge_item(
     note: Document,
     limits: Limits,
@@ -289,6 +296,7 @@ def discharge_item(
     "Write the discharge sections from the admission sections."
     source, target = admission_and_discharge(note.text, as_published)
     if not source or not target: return "no admission sections" if not source else "no discharge sections"
+    if course_hidden(note.text): return "no hospital course found"
     return _fit(Item(note.id, note.meta["subject_id"], "discharge", note.text, source, target), limits)
 
 # %% ../nbs/30b_clinical.ipynb #3195762b

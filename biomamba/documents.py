@@ -388,6 +388,7 @@ def read_mimic(
     path = resolve(path)
     inside = list(note_files(path).values()) if path.is_dir() else [path]
     if not inside: raise UserError(f"{path} holds no discharge.csv or discharge.csv.gz of MIMIC-IV-Note")
+    if len(inside) > 1: raise UserError(f"{path} holds more than one file of notes, {' and '.join(str(p.relative_to(path)) for p in inside[:2])}; a folder with one of them, or the file itself, is accepted")
     path = existing(inside[0], "discharge.csv or discharge.csv.gz of MIMIC-IV-Note")
     check_request([path.name], max_bad, after)
     return read_items([(path.name, note_items(path, restricted))], path.name, report, max_bad, after)

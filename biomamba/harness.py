@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'TASK', 'task_of', 'perplexity_task', 'answers_task', 'write_task', 'question_lines', 'question_tasks',
-           'lm_eval_tasks']
+           'task_name', 'check_task_names', 'lm_eval_tasks']
 
 # %% ../nbs/23_harness.ipynb #5bb64c6d
 import json, re
@@ -79,6 +79,21 @@ def question_tasks(
     if bioasq: found["biomamba_bioasq"] = YES_NO, read_bioasq_set(bioasq_files(bioasq), "BioASQ").questions
     return found
 
+# %% ../nbs/23_harness.ipynb #8e21b6c4
+def task_name(
+    source: str,
+) -> str:
+    "The name of the task of a source."
+    return "biomamba_" + re.sub(r"[^a-z0-9_-]", "_", source.lower())
+
+def check_task_names(
+    names: dict[str, str],   # what a task is made of → its name
+) -> None:
+    "Refuse two tasks of one name."
+    first = {name: what for what, name in reversed(names.items())}
+    again = next((what for what, name in names.items() if first[name] != what), None)
+    if again: raise UserError(f"{first[names[again]]} and {again} would both be the task {names[again]}; names that differ in more than case and signs are accepted")
+
 # %% ../nbs/23_harness.ipynb #610d9ec3
 def lm_eval_tasks(
     folder: str,                       # made or replaced: task files and their data
@@ -96,9 +111,10 @@ def lm_eval_tasks(
     strangers = sorted(p.name for p in final.iterdir() if p.suffix not in (".yaml", ".jsonl")) if final.is_dir() else [final.name] if final.exists() else []
     if strangers: raise UserError(f"{final} holds {strangers[0]}, which is no task file; a new folder, or one of task files, is accepted")
     texts = test_texts(corpus, sources, documents)
-    names = {source: "biomamba_" + re.sub(r"[^a-z0-9_-]", "_", source.lower()) for source in texts}
+    names, asked = {source: task_name(source) for source in texts}, question_tasks(pubmedqa, bioasq)
+    check_task_names({**names, **{f"the questions {name}": name for name in asked}})
     tasks = [(perplexity_task(name, final / f"{name}.jsonl"), [{"text": text[:characters]} for text in texts[source]]) for source, name in names.items()]
-    tasks += [(answers_task(name, final / f"{name}.jsonl", classes), question_lines(questions, classes)) for name, (classes, questions) in question_tasks(pubmedqa, bioasq).items()]
+    tasks += [(answers_task(name, final / f"{name}.jsonl", classes), question_lines(questions, classes)) for name, (classes, questions) in asked.items()]
     with folder_atomic(final) as inside:
         for task, lines in tasks: write_task(inside, task, lines)
     return f"lm_eval --model hf --model_args pretrained=MODEL --include_path {final} --tasks {','.join(task['task'] for task, _ in tasks)}"

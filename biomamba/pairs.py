@@ -54,7 +54,7 @@ def read_pairs(
 ) -> list[Pair]:
     "The pairs of a file."
     pairs = []
-    for n, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for n, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):  # a text may hold other ends of a line
         if not text.strip(): continue
         try: line = json.loads(text)
         except ValueError: line = None

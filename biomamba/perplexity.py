@@ -84,7 +84,7 @@ def piecewise_losses(
 def score(
     model: torch.nn.Module,       # takes input_ids, seq_idx, targets and reduction="none"
     documents: Sequence | Tokens, # token arrays; may carry .bytes
-    recipe,                       # Recipe, or what has its max_tokens, micro_batch_tokens and precision
+    recipe,                       # Recipe, or what has its micro_batch_tokens and precision
     window: int | None = None,    # score only that many tokens of each document
     desc: str = "scoring",
 ) -> Scores:

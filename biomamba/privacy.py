@@ -80,7 +80,7 @@ def line_losses(
     model: torch.nn.Module,
     tokenizer,
     lines: Sequence[str],
-    recipe: Recipe,   # its max_tokens, micro_batch_tokens and precision
+    recipe: Recipe,   # its micro_batch_tokens and precision
 ) -> np.ndarray:  # (lines,) nats
     "Summed loss of every line."
     ids = [np.array(tokenizer(line, add_special_tokens=False).input_ids) for line in lines]
@@ -182,8 +182,8 @@ class Extraction:
     side: str         # training or held out
     passages: int     # shown
     repeated: int     # word by word, template among them
-    own: int          # passages whose continuation is no template
-    own_repeated: int # of those, repeated: memorized
+    own: int          # patients with a passage whose continuation is no template
+    own_repeated: int # of those, patients whose passage was repeated: memorized; one passage of each
 
     @property
     def share(self) -> Interval:  # own_repeated / own, with its 95 % interval
@@ -197,20 +197,23 @@ def extraction(
     places: Sequence[Passage],
     common: Sequence[bool],   # of `template`
     batch_size: int = 16,
+    seed: int = 0,            # of the passage that counts for a patient
 ) -> Extraction:
     "Show a model the beginnings of passages, and count what it repeats."
     if not places: raise UserError(f"no passage of the {side} notes is long enough; longer notes, or a shorter prefix and length, are accepted")
     longest = max(len(place.continuation) for place in places)
     written = generate(model, tokenizer, [list(place.prefix) for place in places], max_new_tokens=longest, batch_size=batch_size)
     same = [w.tokens[: len(place.continuation)] == place.continuation for w, place in zip(written, places)]
-    own = [s for s, c in zip(same, common, strict=True) if not c]
-    return Extraction(side, len(places), sum(same), len(own), sum(own))
+    own, rng = {}, np.random.default_rng(seed)
+    for place, s, c in zip(places, same, common, strict=True):
+        if not c: own.setdefault(place.patient, []).append(s)
+    return Extraction(side, len(places), sum(same), len(own), sum(some[rng.integers(len(some))] for some in own.values()))
 
 def more_than(
     training: Extraction,
     held_out: Extraction,
 ) -> float:  # probability
-    "Fisher's exact test, one-sided: so many more of the training passages repeated, if training had no influence."
+    "Fisher's exact test over patients, one-sided: so many more of the training side's repeated, if training had no influence."
     n, m, k = training.own, held_out.own, training.own_repeated + held_out.own_repeated
     ways = math.comb(n + m, k)
     return sum(math.comb(n, i) * math.comb(m, k - i) for i in range(training.own_repeated, min(n, k) + 1)) / ways
@@ -231,7 +234,7 @@ class Audit:
     def verdict(self) -> str:
         "What was found, in a sentence."
         found = [e.repetitions for e in self.exposures if e.repetitions and e.chance < 0.01 / max(1, len(self.exposures))]
-        lines = [f"canaries planted {min(found)} times or more stand out" if found else "no canary stands out"]
+        lines = [f"canaries stand out that were planted so often: {', '.join(map(str, found))}" if found else "no canary stands out"]
         if len(self.extraction) == 2: lines.append(f"training passages are repeated {'more often than' if more_than(*self.extraction) < 0.01 else 'no more often than'} held-out ones, template discounted")
         return "; ".join(lines)
 
@@ -241,7 +244,7 @@ def _repr_markdown_(self) -> str:
     lines = ["| canaries | repetitions | exposure, mean (bits) | at the ceiling | chance of so much |", "|--:|--:|--:|--:|--:|"]
     for e in self.exposures:
         lines.append(f"| {len(e.bits)} | {e.repetitions} | {sum(e.bits) / len(e.bits):.1f} of {e.ceiling:.1f} | {sum(b > e.ceiling - 1e-9 for b in e.bits)} | {e.chance:.2g} |")
-    if self.extraction: lines += ["", "| notes | passages | repeated word by word | not template | of those repeated | 95 % |", "|---|--:|--:|--:|--:|--:|"]
+    if self.extraction: lines += ["", "| notes | passages | repeated word by word | patients, by a passage that is no template | of those repeated | 95 % |", "|---|--:|--:|--:|--:|--:|"]
     for e in self.extraction:
         lines.append(f"| {e.side} | {e.passages} | {e.repeated} | {e.own} | {e.own_repeated} | {100 * e.share.low:.1f} to {100 * e.share.high:.1f} % |")
     return "\n".join([*lines, "", f"Without influence a canary has 1.4 bits on average. Found: {self.verdict}."])

@@ -110,7 +110,7 @@ def score_questions(
 ) -> list[Prediction]:
     "Answer each question by the likeliest candidate; of equals the first."
     made = prompts_of(questions, classes, tokenizer, max_tokens)
-    scores = candidate_scores(model, [e.prompt for e in made], candidates(classes, tokenizer), max_tokens, micro_batch_tokens, precision)
+    scores = candidate_scores(model, [e.prompt for e in made], candidates(classes, tokenizer), micro_batch_tokens, precision)
     return [Prediction(q.id, q.answer, dict(zip(classes, map(float, row))), classes[int(np.argmax(row))], prompt_hash(e.prompt), e.cut, q.batch)
             for q, e, row in zip(questions, made, scores)]
 

@@ -120,6 +120,7 @@ def by_position(
     at_least: int = 0,               # only documents with that many tokens
 ) -> list[Point]:
     "Perplexity against the position in the document."
+    if list(edges) != sorted({0, *edges}) or len(edges) < 2: raise UserError(f"edges={tuple(edges)}; at least two whole numbers, rising from 0, are accepted")
     used = [documents[i] for i in range(len(documents)) if len(documents[i]) >= max(1, at_least)]
     if len(used) < 2: raise UserError(f"{len(used)} of {len(documents)} documents have {at_least:,} tokens; at least 2 are accepted")
     nats, tokens = np.zeros((2, len(used), len(edges) - 1))
@@ -142,6 +143,7 @@ def by_context(
     scored: int = 32,                     # the last so many of each document
 ) -> list[Point]:
     "Perplexity of the same tokens against how much was read before them."
+    if not contexts or min(contexts) < 0 or scored < 1: raise UserError(f"contexts={tuple(contexts)} and scored={scored}; at least one context from 0, and scored from 1, are accepted")
     used = [documents[i] for i in range(len(documents)) if len(documents[i]) >= max(contexts) + scored]
     if len(used) < 2: raise UserError(f"{len(used)} of {len(documents)} documents have the {max(contexts):,} + {scored} tokens that this curve needs; shorter contexts, or longer documents, are accepted")
     nats = np.array([[document_losses(model, d[len(d) - scored - c :], recipe)[c:].sum() for c in contexts] for d in used])

@@ -301,7 +301,6 @@ if __name__ == "__main__" and not hasattr(builtins, "get_ipython"): main(sys.arg
 @dataclass(frozen=True)
 class Packing:
     "What `score` asks of a recipe."
-    max_tokens: int
     micro_batch_tokens: int
     precision: str
 
@@ -310,8 +309,7 @@ def candidate_scores(
     model: torch.nn.Module,
     prompts: Sequence[np.ndarray],      # (n,) ids of each
     candidates: Sequence[np.ndarray],   # (m,) ids of each, the same after every prompt
-    max_tokens: int = 1024,             # of a row; a longer sequence has one to itself
-    micro_batch_tokens: int = 8192,     # that one forward pass takes
+    micro_batch_tokens: int = 8192,     # that one forward pass takes; a longer sequence has one to itself
     precision: str = "fp32",            # or "bf16"
     desc: str = "scoring answers",
 ) -> np.ndarray:  # (prompts, candidates) nats
@@ -321,7 +319,7 @@ def candidate_scores(
         if empty is not None: raise UserError(f"{what} {empty} has no tokens; at least one is accepted")
     pairs = [partly_given(np.concatenate([prompt, answer]).astype(np.int64), len(prompt)) for prompt in prompts for answer in candidates]
     if not pairs: return np.zeros((len(prompts), len(candidates)))
-    nats = score(model, pairs, Packing(max_tokens, micro_batch_tokens, precision), desc=desc).nats.reshape(len(prompts), len(candidates))
+    nats = score(model, pairs, Packing(micro_batch_tokens, precision), desc=desc).nats.reshape(len(prompts), len(candidates))
     wrong = np.flatnonzero(~np.isfinite(nats).all(1))
     if len(wrong): raise UserError(f"{len(wrong)} of {len(prompts)} prompts have a candidate whose log-likelihood is not finite, the first is prompt {wrong[0]}; sound weights or precision='fp32' are accepted")
     return -nats

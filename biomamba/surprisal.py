@@ -144,7 +144,7 @@ def surprisal(
         nats, reasons = zip(*(_nats(model, ids, piece) for model in (base, adapted)))
         hidden = None if show_text else all_reasons(restricted, *reasons)
         bits = [np.bincount(owner, some, len(cells)) / math.log(2) for some in nats]
-        parts = [(name, _first_cell(cells, start)) for name, start in sections or sections_of(text)]
+        parts = [(name, _first_cell(cells, start)) for name, start in sorted(sections or sections_of(text), key=lambda part: part[1])]
     named = tuple((f"part {i}" if hidden else name, first) for i, (name, first) in enumerate(parts, 1))      # a heading is text
     return Surprisal(tuple(c for c, _ in cells), np.array([n for _, n in cells]), *bits, sections=named, names=(names[0], names[1]), hidden=hidden)
 

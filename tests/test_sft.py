@@ -289,7 +289,7 @@ def test_candidates_are_scored_as_one_at_a_time(base):
     stock, ours = Mamba2ForCausalLM.from_pretrained(base, dtype=torch.float32), load_model(base)
     prompts = [e.prompt for e in drawn(9, seed=4, longest=90)] + [np.array([END])]
     candidates = [np.array([5]), np.array([6, END]), np.array([7, 8, 9, 10, END])]
-    scores = candidate_scores(ours, prompts, candidates, max_tokens=64, micro_batch_tokens=200)      # some prompts are longer than a row
+    scores = candidate_scores(ours, prompts, candidates, micro_batch_tokens=200)
     with torch.no_grad():
         for prompt, row in zip(prompts, scores):
             for candidate, found in zip(candidates, row):
@@ -297,7 +297,7 @@ def test_candidates_are_scored_as_one_at_a_time(base):
                 assert abs(found - sum(logits[len(prompt) - 1 + k, token].item() for k, token in enumerate(candidate))) < 1e-5
     assert ours.training is False and scores.shape == (10, 3)
     for tokens in (1, 64, 4096):
-        assert np.abs(candidate_scores(ours, prompts, candidates, max_tokens=tokens, micro_batch_tokens=tokens) - scores).max() < 1e-5
+        assert np.abs(candidate_scores(ours, prompts, candidates, micro_batch_tokens=tokens) - scores).max() < 1e-5
     assert candidate_scores(ours, [], candidates).shape == (0, 3)
 
 
