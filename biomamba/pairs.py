@@ -60,8 +60,9 @@ def read_pairs(
         except ValueError: line = None
         if not isinstance(line, dict): raise UserError(f"{path.name}, line {n}, is no JSON object; one object a line is accepted")
         pairs.append(pair_of(line, f"{path.name}:{n}"))
-    twice = next((id for id, times in Counter(pair.id for pair in pairs).items() if times > 1), None)
-    if twice: raise UserError(f"the id of a pair, {twice}, stands twice in {path.name}; each once is accepted")
+    first = {pair.id: k for k, pair in reversed([*enumerate(pairs)])}
+    again = next((k for k, pair in enumerate(pairs) if first[pair.id] < k), None)
+    if again: raise UserError(f"pairs {first[pairs[again].id] + 1} and {again + 1} of {path.name} have one id; each once is accepted")  # an id may be a patient's name
     if len(pairs) < 2: raise UserError(f"{path.name} holds {len(pairs)} pairs; at least 2 are needed, one of them for validation")
     return pairs
 

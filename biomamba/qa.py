@@ -198,8 +198,10 @@ def ask(
     max_tokens: int | None = None,  # of the window; None: that of the fine-tuning, else 1,024
 ) -> Answer:
     "Answer a question from a text."
+    if max_tokens is not None and max_tokens < 1: raise UserError(f"max_tokens={max_tokens}; a whole number from 1 is accepted")
     path = existing(context, "a text file")
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    try: text = path.read_bytes().decode("utf-8-sig").strip()
+    except UnicodeDecodeError: raise UserError(f"{path} is no text in UTF-8; a text file is accepted") from None
     for what, value in (("question", question.strip()), (f"context {path}", text)):
         if not value: raise UserError(f"the {what} is empty; a text is accepted")
     folder = find_checkpoint(model)

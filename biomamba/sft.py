@@ -273,7 +273,7 @@ def fine_tune(
     loop = loop_recipe(recipe, **shape_of(folder), **machine, validation_documents=max(1, sum(e is not None for e in validation)))
     for examples, what in ((train, "train"), (validation, "validation")): check_examples(examples, what, recipe.max_tokens, loop.vocabulary)
     shared = {e.id for e in train if e} & {e.id for e in validation if e}
-    if shared: raise UserError(f"{len(shared)} ids stand in train and in validation, such as {min(shared)}; sets apart from each other are accepted")
+    if shared: raise UserError(f"{len(shared)} ids stand in train and in validation; sets apart from each other are accepted")
     examples = Examples(train, validation, loop, resolve(run_dir) / "private")
     run = Run(run_dir, identity_of(loop, cast(Corpus, examples), name, folder, processes) | {"fine_tuning": {"task": recipe.task, "arm": recipe.arm}})
     return _run(run, folder, examples, processes, reason or restricted(folder))

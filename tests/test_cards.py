@@ -108,7 +108,7 @@ def test_prompts_do_not_stand_on_both_sides(tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     ('{"prompt": "a"}\n{"prompt": "b", "answer": "c"}', "pairs.jsonl:1 has no answer"), ('[1]\n', "line 1, is no JSON object"), ('{"prompt": "a", "answer": "b"}', "1 pairs; at least 2"),
-    ('{"question": "a", "answer": "b"}\n', "has no context"), ('{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 1, "prompt": "c", "answer": "d"}', "stands twice"), ("", "0 pairs"),
+    ('{"question": "a", "answer": "b"}\n', "has no context"), ('{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 1, "prompt": "c", "answer": "d"}', "pairs 1 and 2 of"), ("", "0 pairs"),
     ('{"prompt": 3, "answer": "b"}\n', "has no prompt"), ('{"prompt": "a", "answer": " "}\n', "has no answer")])
 def test_a_bad_file_is_one_sentence(tmp_path, base, content, says):
     (tmp_path / "pairs.jsonl").write_text(content)

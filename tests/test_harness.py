@@ -58,11 +58,12 @@ def test_the_harness_gives_our_numbers(tmp_path):
         assert math.isclose(theirs[name]["acc,none"], accuracy, rel_tol=1e-9), name
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="thesis.txt, which is no task file"):
+@pytest.mark.parametrize("name", ["thesis.txt", "pairs.jsonl", "settings.yaml"])
+def test_a_folder_of_something_else_is_left_alone(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}, which is no task file"):
         lm_eval_tasks(str(tmp_path), documents=2)
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_written_again_the_folder_is_the_same(tmp_path):

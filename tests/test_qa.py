@@ -397,3 +397,6 @@ def test_a_model_that_was_not_taught_says_so(newborn, tmp_path, caplog):
     assert "was not fine-tuned on questions here" in caplog.text
     (tmp_path / "empty.txt").write_text(" \n")
     assert "is empty" in refusal(lambda: ask(str(newborn), question="Is it?", context=str(tmp_path / "empty.txt")))
+    (tmp_path / "picture.txt").write_bytes(bytes(range(256)))
+    assert "no text in UTF-8" in refusal(lambda: ask(str(newborn), question="Is it?", context=str(tmp_path / "picture.txt")))
+    assert "max_tokens=0" in refusal(lambda: ask(str(newborn), question="Is it?", context=str(tmp_path / "text.txt"), max_tokens=0))

@@ -350,7 +350,7 @@ A = TRAIN[0]
     ([dataclasses.replace(A, answer=np.array([END]))], VALIDATION, r"has the answer \[0\]; one id at least"),
     ([dataclasses.replace(A, answer=np.array([400, END]))], VALIDATION, "holds the id 400 and the model's vocabulary has 400 rows"),
     ([dataclasses.replace(A, prompt=np.full(70, END))], VALIDATION, "at most max_tokens=64"),
-    (TRAIN, TRAIN[:1], "1 ids stand in train and in validation, such as q0"),
+    (TRAIN, TRAIN[:1], "1 ids stand in train and in validation; sets apart"),
 ])
 def test_wrong_examples(base, tmp_path, train, validation, says):
     with pytest.raises(UserError, match=says): fine_tune(tmp_path / "run", base, train, validation, SMALL)
