@@ -121,7 +121,7 @@ def _write_parts(self, source: str, folder: Path) -> dict[str, list[str]]:  # he
 Work.write_parts = _write_parts
 
 # %% ../nbs/04i_collection.ipynb #7346d41c
-FORMAT = 3   # raised by hand when the same inputs would give another collection
+FORMAT = 4   # raised by hand when the same inputs would give another collection
 
 def write_collection(
     work: Work,

@@ -101,6 +101,19 @@ def test_what_stays_of_copies_is_the_first_in_order(tmp_path, tokenizer):
     assert {row["id"]: row["like"] for row in made.removed("c4").to_pylist()} == {c.id: f"pubmed {d.id}" for c, d in zip(copies, first)}
 
 
+def test_a_near_copy_goes_for_a_document_that_stays(tmp_path, tokenizer):
+    "In a chain of edits half went for being like a document that was gone itself, some without a shingle in common with anything that stayed."
+    stream = [f"word{i}" for i in np.random.default_rng(0).integers(0, 20_000, 1_000)]
+    chain = [Document(f"chain {i}", " ".join(stream[16 * i : 16 * i + 300]), "c4") for i in range(40)]
+    others = [Document(f"other {i}", " ".join(f"{i}x{k}" for k in range(60)), "c4") for i in range(30)]
+    whole, cut = (make(tmp_path / name, {"c4": source("c4", *shards)}, tokenizer) for name, shards in (("whole", [chain + others]), ("cut", [chain[:7], chain[7:] + others])))
+    gone = {row["id"]: row["like"].removeprefix("c4 ") for row in whole.removed("c4").to_pylist()}
+    assert 10 < len(gone) < 30 and not set(gone.values()) & set(gone)
+    sets = {d.id: set(shingles(d.text).tolist()) for d in chain}
+    for id, like in gone.items(): assert len(sets[id] & sets[like]) / len(sets[id] | sets[like]) > 0.7
+    assert whole.removed("c4").to_pylist() == cut.removed("c4").to_pylist()
+
+
 def test_documents_stand_in_the_order_in_which_they_were_read(tmp_path, tokenizer):
     "Ids, tokens and lengths, over several shards and batches; of the held-out parts in the order of their places."
     documents = list(sample_documents("pubmed", 1_300))
