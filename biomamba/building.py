@@ -23,7 +23,7 @@ from .pipeline import Engine
 from .runs import Recipe, UserError, as_dict, made_once, mixture_asked, recipe, resolve, write_atomic
 from .sources import named_sources, sources_of
 from .stages import Work
-from .steps import Steps, tokenizer_hash, wrap_tokenizer
+from .steps import Steps, read_tokenizer, tokenizer_hash, wrap_tokenizer
 
 # %% ../nbs/04k_building.ipynb #42c7f711
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def tokenizer_at(
     path = resolve(place)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file(): raise UserError(f"tokenizer {path} does not exist; a tokenizer.json, or a folder that holds one, is accepted")
-    from tokenizers import Tokenizer
-    return wrap_tokenizer(Tokenizer.from_file(str(path)))
+    return wrap_tokenizer(read_tokenizer(path))
 
 # %% ../nbs/04k_building.ipynb #5e6c2371
 def mixture_named(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from .language import comparable
 from .records import Document
 
 # %% ../nbs/04b_duplicates.ipynb #4d89da6a
@@ -111,7 +112,7 @@ def shingles(
     n: int = SHINGLE,  # words in a row; all of them where there are fewer
 ) -> np.ndarray:  # (different shingles,) uint64, sorted
     "The hashes of all sequences of n words."
-    words = np.array([zlib.crc32(word.encode()) for word in WORD.findall(text.lower())] or [0], np.uint64)
+    words = np.array([zlib.crc32(word.encode()) for word in WORD.findall(comparable(text))] or [0], np.uint64)
     n = min(n, len(words))
     hashes = words[: len(words) - n + 1].copy()
     for k in range(1, n): hashes = hashes * GOLDEN + words[k : len(words) - n + 1 + k]

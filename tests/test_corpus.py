@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomamba.building import Report, build
+from biomamba.building import Report, build, tokenizer_at
+from biomamba.checkpoints import load_tokenizer
 from biomamba.collection import Collection, build_collection, open_collection
 from biomamba.contamination import EvaluationSet, evaluation_sets
 from biomamba.corpus import MIXTURES, Corpus, Mixture
@@ -142,6 +143,39 @@ def test_a_longer_reading_of_a_public_dataset_is_tested_on_the_same_documents(tm
         return [made.documents(part, "pubmed").ids for part in HELD_OUT]
     assert hub_source("pubmed", 100).held_out_among == 250
     assert held(100, "short", 250) == held(400, "long", 250) != held(400, "anywhere", None)
+
+
+def test_a_script_without_blanks_has_words(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    pages = [Document(f"{name} {i}", "".join(map(chr, rng.integers(first, last, 240))), "c4") for name, first, last in (("Han", 0x4e00, 0x5e00), ("Thai", 0x0e01, 0x0e2f), ("Khmer", 0x1780, 0x17b3)) for i in range(10)]
+    made = make(tmp_path, {"c4": source("c4", pages + [Document("short", "四十名患者", "c4"), Document("few", "only a few words", "c4")])}, tokenizer, Steps(language=None, jaccard=None))
+    assert {row["id"] for row in made.removed("c4").to_pylist()} == {"short", "few"}
+
+
+def test_what_a_tokenizers_file_cuts_or_pads_is_not_cut_or_padded(tmp_path, tokenizer):
+    "A corpus of documents of 16 tokens was built without a word, and one in which padding stood as text."
+    from tokenizers import Tokenizer
+    documents, made = {"c4": source("c4", list(sample_documents("c4", 40)))}, {}
+    tokenizer.backend_tokenizer.save(str(tmp_path / "plain.json"))
+    for name in ("plain", "cut", "padded"):
+        own = Tokenizer.from_file(str(tmp_path / "plain.json"))
+        if name == "cut": own.enable_truncation(16)
+        if name == "padded": own.enable_padding(pad_id=1, pad_token="<|padding|>")
+        own.save(str(tmp_path / f"{name}.json"))
+        stated = wrap_tokenizer(own)
+        made[name] = [make(tmp_path / name / str(k), documents, t) for k, t in enumerate((stated, tokenizer_at(tmp_path / f"{name}.json"), load_tokenizer(tmp_path / f"{name}.json")))]
+    assert len({collection.fingerprint for some in made.values() for collection in some}) == 1
+
+
+@pytest.mark.parametrize("content, said", [
+    ("{", "is not JSON"), ("[]", "has no model"), ("{}", "has no model"), ("late", r"at id 2 and <\|padding\|> at 3; they must be 0 and 1"), ("none", "at id None")])
+def test_a_tokenizer_that_no_model_here_can_have_is_refused_before_the_build(content, said, tmp_path):
+    from tokenizers import Tokenizer, models
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    if content == "late": tokenizer.add_special_tokens(["<|endoftext|>", "<|padding|>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str() if content in ("late", "none") else content)
+    with pytest.raises(UserError, match=said): build("sample", tmp_path / "corpus", tokenizer=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 def test_a_title_is_no_document(tmp_path, tokenizer):
