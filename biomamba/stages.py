@@ -40,7 +40,7 @@ class Work:
     tokenize: ClassVar[Callable[..., Any]]; left: ClassVar[Callable[..., Any]]; documents: ClassVar[Callable[..., Any]]; training_texts: ClassVar[Callable[..., Any]]
     # What they found, in the next room.
     parameters: ClassVar[Any]; removed: ClassVar[Callable[..., Any]]; names: ClassVar[Callable[..., Any]]; counts: ClassVar[Callable[..., Any]]
-    held_out: ClassVar[Callable[..., Any]]; describe: ClassVar[Callable[..., Any]]; write_parts: ClassVar[Callable[..., Any]]
+    held_out: ClassVar[Callable[..., Any]]; describe: ClassVar[Callable[..., Any]]; write_parts: ClassVar[Callable[..., Any]]; places: ClassVar[Callable[..., Any]]
 
     @property
     def order(self) -> list[str]: return sorted(self.sources, key=lambda name: (name != "pubmed", name))

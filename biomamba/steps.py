@@ -34,7 +34,7 @@ class Steps:
 
     def __post_init__(self):
         if self.language not in ("en", None): raise UserError(f"language={self.language!r}; 'en', or None for texts of any language, is accepted")
-        if self.jaccard is not None and not LEAST <= self.jaccard <= 1: raise UserError(f"jaccard={self.jaccard!r}; a similarity from {LEAST}, for which the signatures are cut into bands, to 1, or None, is accepted")
+        if self.jaccard is not None and not (isinstance(self.jaccard, int | float) and LEAST <= self.jaccard <= 1): raise UserError(f"jaccard={self.jaccard!r}; a similarity from {LEAST}, for which the signatures are cut into bands, to 1, or None, is accepted")
         if not isinstance(self.min_words, int) or self.min_words < 1: raise UserError(f"min_words={self.min_words!r}; a whole number from 1 is accepted")
 
 # %% ../nbs/04f_steps.ipynb #a2058957

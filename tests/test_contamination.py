@@ -85,8 +85,8 @@ def test_every_format_character_is_invisible():
 
 
 def test_case_is_folded():
-    index = ContaminationIndex([EvaluationSet("qa", [Document("q", "straße " + "Ménière ΑΣ word " * 6, "notes")])])
-    assert index.find(Document("d", ("straße " + "Ménière ΑΣ word " * 6).upper(), "c4"))
+    index = ContaminationIndex([EvaluationSet("qa", [Document("q", "straße Ménière word " * 6, "notes")])])
+    assert index.find(Document("d", ("straße Ménière word " * 6).upper(), "c4"))
 
 
 def test_a_pmid_is_the_number_in_it():

@@ -238,6 +238,95 @@ def test_a_change_that_hides_its_time_is_found_by_verify(tmp_path, tokenizer):
         Collection(made.folder).verify()
 
 
+# ---------------------------------------------------------------- what stands beside a corpus, and what changes meanwhile
+
+ask = dict(mixture={"c4": 1.0}, vocabulary=600)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts" / "c4"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"id": d.id, "text": d.text}) + "\n" for d in sample_documents("c4", 40)))
+    return folder.parent
+
+
+def killed(*_): raise KeyboardInterrupt
+
+
+def test_a_build_leaves_its_neighbours_alone(texts, tmp_path):
+    "Everything whose name went on after a dot was taken for a half-written folder: a backup, or another build that was running."
+    neighbours = [tmp_path / name for name in (".q.backup", ".q.v2-0123456789abcdef", ".q.abcdefgh", ".q-notes", ".other-0123456789abcdef")]
+    for folder in neighbours: folder.mkdir(); (folder / "kept").touch()
+    build(texts, tmp_path / "q", **ask)
+    assert all((folder / "kept").exists() for folder in neighbours)
+    assert {p.name for p in tmp_path.iterdir()} - {".q.lock", "cache"} == {"texts", "q", *(folder.name for folder in neighbours)}
+
+
+def test_the_texts_of_a_build_that_will_not_go_on_are_removed(texts, tmp_path, monkeypatch):
+    "With other parameters its work folder has another name, and stood there for good."
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "tokenize", killed)
+        with pytest.raises(KeyboardInterrupt): build(texts, tmp_path / "q", **ask, restricted={"c4": "our ward"}, tokenizer=None)
+    assert list(tmp_path.glob(".q-*/texts/*.arrow"))
+    build(texts, tmp_path / "q", **ask, language="any")
+    assert not list(tmp_path.glob(".q-*"))
+
+
+def test_what_was_half_put_together_goes_with_the_work(texts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("biomamba.collection.write_collection", killed)
+        with pytest.raises(KeyboardInterrupt): build(texts, tmp_path / "q", **ask)
+    [work] = tmp_path.glob(".q-*")
+    (work / ".q.half").mkdir()
+    build(texts, tmp_path / "q", **ask)
+    assert not list(tmp_path.glob(".q-*"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "notes"])
+def test_a_file_that_changes_while_it_is_read_is_refused(kind, texts, tmp_path, monkeypatch):
+    "The corpus bore the name of the files as they had been."
+    file = texts / "c4" / ("a.jsonl" if kind == "jsonl" else "discharge.csv")
+    if kind == "notes":
+        (texts / "c4" / "a.jsonl").unlink()
+        file.write_text("note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text\n" + "".join(f"{i}-DS-1,{i},{i},DS,1,,,{'the and ' * 20}{i} {i + 1} {i * 7}\n" for i in range(40)))
+    before, read = file.read_text(), Work.read
+    def meanwhile(self):
+        file.write_text(before + before.splitlines()[-1].replace("1", "2") + "\n")
+        read(self)
+    monkeypatch.setattr(Work, "read", meanwhile)
+    with pytest.raises(UserError, match="changed while it was read"): build(texts, tmp_path / "q", **ask, tokenizer=None if kind == "jsonl" else saved(tmp_path))
+    assert not (tmp_path / "q").exists() and not list(tmp_path.glob(".q-*"))
+
+
+def saved(folder: Path) -> Path:
+    train_tokenizer([d.text for d in sample_documents("c4", 20)], 400).save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_notes_are_held_out_in_one_order_from_raw_files_and_from_a_corpus(tmp_path):
+    "A patient's notes stand where the patient does; the built sets were ordered by the notes' own ids."
+    from biomamba.heldout import test_texts as held_out_texts
+    folder, rng = tmp_path / "texts" / "notes", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    rows = [f"{10_000 + p}-DS-{n},{10_000 + p},{p * 9 + n},DS,{n},,,the and {' '.join(f'w{w}' for w in rng.integers(0, 3_000, 40))}\n" for p in range(60) for n in range(1 + p % 4)]
+    (folder / "discharge.csv").write_text("note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text\n" + "".join(rows))
+    build(tmp_path / "texts", tmp_path / "q", mixture={"notes": 1.0}, tokenizer=saved(tmp_path))
+    raw, built = (held_out_texts(str(place), ["notes"], documents=8)["notes"] for place in (tmp_path / "texts", tmp_path / "q"))
+    assert raw == built and len(set(raw)) == 8
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({"jaccard": float("nan")}, "jaccard=nan"), ({"jaccard": "0.9"}, "jaccard='0.9'"), ({"options": '{"nonsense": 1}'}, "options has 'nonsense'"), ({"options": {"workers": 2}}, "options has 'workers'"),
+    ({"options": '{"tasks": 2}'}, "options has 'tasks'"), ({"destination": "texts/c4/a.jsonl/x"}, "would lie in the file"), ({"destination": "texts/c4/a.jsonl/x/y"}, "would lie in the file"),
+    ({"mixture": {"../texts/c4": 1.0}}, "is no name of a source"), ({"mixture": {"..": 1.0}}, "is no name of a source"), ({"mixture": {"texts\\c4": 1.0}}, "is no name of a source")])
+def test_what_cannot_be_built_is_one_sentence_before_anything_is_made(asked, said, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=said): build(**dict(source=texts, destination="q") | ask | asked)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---------------------------------------------------------------- mixtures
 
 def test_the_named_mixtures_on_a_corpus(tmp_path, tokenizer):
