@@ -32,6 +32,7 @@ from .guards import sensitive_section
 from .mamba2 import EOS, PAD, BioMambaForCausalLM
 from .paper import SCALES
 from .runs import Recipe, UserError, all_reasons, did_you_mean, folder_atomic, recipe, resolve, restricted, stop_telemetry, write_atomic
+from .steps import read_tokenizer
 
 # %% ../nbs/06c_checkpoints.ipynb #23245450
 logger = logging.getLogger(__name__)
@@ -437,11 +438,10 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     "The tokenizer of a model: end of text is id 0, padding id 1, padding on the left."
     file = _tokenizer_file(name_or_path, revision)
-    if not isinstance(_json(file).get("model"), dict): raise UserError(f"{file} is no tokenizer of the tokenizers library: it has no model")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>", bos_token="<|endoftext|>",
+    _json(file)   # says what kind of file it is where it is none
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read_tokenizer(file), eos_token="<|endoftext|>", bos_token="<|endoftext|>",
                                         pad_token="<|padding|>", unk_token="<|endoftext|>", padding_side="left", clean_up_tokenization_spaces=False)
-    if (tokenizer.eos_token_id, tokenizer.pad_token_id) != (EOS, PAD):
-        raise UserError(f"{file} has <|endoftext|> at id {tokenizer.eos_token_id} and <|padding|> at {tokenizer.pad_token_id}; they must be {EOS} and {PAD}")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
     return tokenizer
 
 # %% ../nbs/06c_checkpoints.ipynb #e5920990

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .documents import read_mimic
-from .duplicates import band_hashes, digest, first_of_each, near_copies, shingles, signature
+from .duplicates import band_hashes, digest, near_copies, near_groups, shingles, signature
 from .guards import MIMIC, discreet
 from .records import Document, ReadReport
 from .runs import UserError, fingerprint
@@ -118,9 +118,9 @@ def without_copies(
     order = [(side, note) for side in reversed(SIDES) for note in chosen.notes[side]]
     if not order: return chosen
     signatures = np.stack([signature(shingles(note.text)) for _, note in order])
-    found = [near_copies([band], [signatures], np.zeros(0, np.uint64)) for band in band_hashes(signatures)]
-    across = [int(c["position"]) for c in first_of_each(np.concatenate(found)) if order[int(c["position"])][0] != order[int(c["like"])][0]]
-    gone = {order[i][1].id for i in across}
+    found = [near_groups([band], [signatures], np.zeros(0, np.uint64)) for band in band_hashes(signatures)]
+    across = near_copies(np.concatenate(found), [signatures], side=lambda i: order[i][0])
+    gone = {order[int(i)][1].id for i in across["position"]}
     notes = {side: [note for note in chosen.notes[side] if note.id not in gone] for side in SIDES}
     return replace(chosen, notes=notes, counts=chosen.counts + Counter({"near-duplicate of another side": len(gone)}))
 

@@ -19,11 +19,11 @@ import numpy as np
 from .contamination import EvaluationSet
 from .duplicates import BANDS, HASHES, SAME_ID, SHINGLE
 from .language import ENGLISH, LEADING, READ
-from .pipeline import Engine, read_counts
+from .pipeline import Engine, check_workers, read_counts
 from .runs import Recipe, UserError, cache_dir, code_version, fingerprint, folder_atomic, made_once, mark_restricted, stop_telemetry, write_atomic
 from .sources import Source
 from .stages import Work
-from .steps import BASE_SHARE, HELD_OUT, PARTS, PLAIN, SMALL, SMALL_LEAST, SMALL_SHARE, Steps, held_out_size, place, tokenizer_hash
+from .steps import BASE_SHARE, HELD_OUT, PARTS, PLAIN, SMALL, SMALL_LEAST, SMALL_SHARE, Steps, held_out_size, tokenizer_hash
 from .storage import Tokens, batches, check_files, describe_files, read_stream, save_table, write_stream
 
 # %% ../nbs/04i_collection.ipynb #b0b56452
@@ -110,18 +110,23 @@ def _write_parts(self, source: str, folder: Path) -> dict[str, list[str]]:  # he
     for part in PARTS:
         files = [path for rank in self.ranks(source) if (path := self.path(f"tokens/{part}", rank, "arrow")).exists()]
         if part in ("validation", "test"):
-            table = pa.concat_tables(map(read_stream, files))
+            table, places = pa.concat_tables(map(read_stream, files)), self.places(source, part)
             ids = table["id"].to_pylist()
-            order = sorted(range(len(ids)), key=lambda row: (place(source, ids[row]), ids[row]))
+            order = sorted(range(len(ids)), key=lambda row: (places[row], ids[row]))
             held_out[part], files = [ids[row] for row in order], [self.folder / "held out" / part / f"{source}.arrow"]
             write_stream(files[0], [table.take(order).combine_chunks()])
         if files: save_table(folder / part / source, files)
     return held_out
 
-Work.write_parts = _write_parts
+def _places(self, source: str, part: str) -> np.ndarray:  # (documents,)
+    "Where the documents of a part stand, in the order of their files: by `whose` they are, as they were split."
+    number = PARTS.index(part)
+    return np.concatenate([np.load(self.path("places", rank))[self.left(rank)[np.load(self.path("parts", rank)) == number], 0] for rank in self.ranks(source)])
+
+Work.write_parts, Work.places = _write_parts, _places
 
 # %% ../nbs/04i_collection.ipynb #7346d41c
-FORMAT = 3   # raised by hand when the same inputs would give another collection
+FORMAT = 4   # raised by hand when the same inputs would give another collection
 
 def write_collection(
     work: Work,
@@ -211,14 +216,14 @@ def build_collection(
 ) -> None:
     "Run all stages that are not complete, then put the collection together; what stands there already is left alone."
     if (folder / "manifest.json").exists(): return shutil.rmtree(work.folder, ignore_errors=True)    # killed when only the work folder was left to remove
-    for stale in folder.parent.glob(f".{folder.name}.*/"): shutil.rmtree(stale)    # a killed build's half-written folder
     if work.restricted: mark_restricted(work.folder, work.restricted)
     else: _close(work.folder)
+    for stale in work.folder.glob(".*/"): shutil.rmtree(stale)    # what a killed build had put together by half
     try:
         work.read(); work.find_duplicates(); work.decontaminate(against); work.hold_out()
         sha256 = work.tokenize(tokenizer, vocabulary)
         key = collection_key(work, {"train": vocabulary} if tokenizer is None else {"sha256": sha256}, against)
-        with folder_atomic(folder) as inner: write_collection(work, inner, sha256, against, key)
+        with folder_atomic(folder, work.folder) as inner: write_collection(work, inner, sha256, against, key)
     except UserError:
         shutil.rmtree(work.folder, ignore_errors=True)
         raise
@@ -245,6 +250,7 @@ def open_collection(
     base = tokenizer is None
     about = {"train": recipe.vocabulary} if base else {"sha256": tokenizer_hash(tokenizer)}
     key = collection_key(Work(Path(), sources, steps, base), about, against)
+    check_workers(engine)
     folder = cache_dir() / "collections" / key
     with made_once(folder): build_collection(Work(cache_dir() / "work" / key, sources, steps, base, engine), folder, tokenizer, recipe.vocabulary, against)
     made = Collection(folder)

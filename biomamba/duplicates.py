@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SAME_TEXT', 'SAME_ID', 'COPY', 'SHINGLE', 'HASHES', 'BANDS', 'LEAST', 'WORD', 'GOLDEN', 'FACTORS', 'SUMMANDS',
-           'digest', 'keys_of', 'in_order', 'positions_of', 'share_of', 'exact_groups', 'exact_copies', 'shingles',
-           'signature', 'band_hashes', 'followers', 'near_copies', 'gather', 'first_of_each']
+           'ENTRY', 'digest', 'keys_of', 'in_order', 'positions_of', 'share_of', 'exact_groups', 'exact_copies',
+           'by_position', 'shingles', 'signature', 'band_hashes', 'partners', 'near_groups', 'gather', 'near_copies']
 
 # %% ../nbs/04b_duplicates.ipynb #c23f3c0a
 import hashlib, re, zlib
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from .language import comparable
 from .records import Document
 
 # %% ../nbs/04b_duplicates.ipynb #4d89da6a
@@ -87,13 +89,19 @@ def exact_copies(
     entries: np.ndarray,  # of all ranges
 ) -> np.ndarray:  # (removed,) COPY, sorted; detail: SAME_TEXT or SAME_ID
     "Which documents are removed, each with the earlier one whose text or id it has."
-    entries, seen, found = entries[np.argsort(entries["position"], kind="stable")], {}, []
-    starts = np.flatnonzero(np.r_[True, np.diff(entries["position"]) > 0]) if len(entries) else ()
-    for of_one in np.split(entries, starts[1:]):
+    seen, found = {}, []
+    for of_one in by_position(entries):
         earlier = [(seen[group], kind) for group, kind in zip(of_one["group"].tolist(), of_one["kind"].tolist()) if group in seen]
         if earlier: found.append((of_one["position"][0], *min(earlier)))
         else: seen |= {group: position for position, group in zip(of_one["position"].tolist(), of_one["group"].tolist())}
     return np.array(found, COPY)
+
+def by_position(
+    entries: np.ndarray,
+) -> list[np.ndarray]:
+    "The entries of each document, in order of position."
+    entries = entries[np.argsort(entries["position"], kind="stable")]
+    return np.split(entries, np.flatnonzero(np.diff(entries["position"])) + 1) if len(entries) else []
 
 # %% ../nbs/04b_duplicates.ipynb #d6adbc8f
 SHINGLE, HASHES, BANDS, LEAST = 5, 112, 16, 0.8   # words in a row; numbers in a signature; groups of them; Jaccard that counts as the same
@@ -104,7 +112,7 @@ def shingles(
     n: int = SHINGLE,  # words in a row; all of them where there are fewer
 ) -> np.ndarray:  # (different shingles,) uint64, sorted
     "The hashes of all sequences of n words."
-    words = np.array([zlib.crc32(word.encode()) for word in WORD.findall(text.lower())] or [0], np.uint64)
+    words = np.array([zlib.crc32(word.encode()) for word in WORD.findall(comparable(text))] or [0], np.uint64)
     n = min(n, len(words))
     hashes = words[: len(words) - n + 1].copy()
     for k in range(1, n): hashes = hashes * GOLDEN + words[k : len(words) - n + 1 + k]
@@ -141,41 +149,44 @@ def band_hashes(
     return np.ascontiguousarray(((hashes * np.uint64(0xBF58476D1CE4E5B9)) ^ (hashes >> np.uint64(29))).T)
 
 # %% ../nbs/04b_duplicates.ipynb #a4ab84e8
-def followers(
-    signatures: np.ndarray,  # (documents, HASHES) of one group, in order of position
+def partners(
+    signatures: np.ndarray,  # (documents, HASHES) of one group
     least: float = LEAST,    # share of equal numbers that counts as the same
-) -> list[tuple[int, int, float]]:  # row, row of the earlier document that it repeats, share of equal numbers
-    "Which documents of a group repeat an earlier one of it."
-    found, rest = [], np.arange(len(signatures))
-    while len(rest) > 1:
-        agreement = (signatures[rest[1:]] == signatures[rest[0]]).mean(1)
-        near = agreement >= least
-        found += [(int(row), int(rest[0]), float(a)) for row, a in zip(rest[1:][near], agreement[near])]
-        rest = rest[1:][~near]
-    return found
+) -> np.ndarray:  # rows, sorted
+    "Which documents of a group are nearly the same as another of it."
+    paired, rest = np.zeros(len(signatures), bool), np.arange(len(signatures))
+    while len(rest):
+        near = (signatures == signatures[rest[0]]).mean(1) >= least     # itself too
+        if near.sum() > 1: paired |= near
+        rest = rest[~near[rest]]
+    return np.flatnonzero(paired)
 
 # %% ../nbs/04b_duplicates.ipynb #d5db36b6
-def near_copies(
+ENTRY = np.dtype([("position", "<u8"), ("group", "<u8")])
+
+def near_groups(
     bands: Sequence[np.ndarray],       # of each shard: (documents,) uint64, the hashes of one band
     signatures: Sequence[np.ndarray],  # of each shard: (documents, HASHES) uint32, may be a memory map
     gone: np.ndarray,                  # (n,) uint64 positions that are removed already, sorted
     part: int = 0,
     parts: int = 1,                    # ranges of hashes that share the work
     least: float = LEAST,
-) -> np.ndarray:  # (found,) COPY; detail: share of equal numbers
-    "The documents that repeat an earlier one which has the same hash of this band."
-    rows = [np.flatnonzero(hashes % np.uint64(parts) == part) for hashes in bands]
-    hashes = np.concatenate([h[r] for h, r in zip(bands, rows)])
-    positions = np.concatenate([positions_of(shard, r) for shard, r in enumerate(rows)])
+) -> np.ndarray:  # (entries,) ENTRY
+    "The documents that are nearly the same as another which has the same hash of this band."
+    own = [np.flatnonzero(hashes % np.uint64(parts) == part) for hashes in bands]
+    hashes = np.concatenate([h[r] for h, r in zip(bands, own)])
+    positions = np.concatenate([positions_of(shard, r) for shard, r in enumerate(own)])
     there = ~np.isin(positions, gone)
     hashes, positions = hashes[there], positions[there]
     order = np.argsort(hashes, kind="stable")
-    groups = np.split(positions[order], np.flatnonzero(np.diff(hashes[order])) + 1) if len(hashes) > 1 else []
-    found = [(group[row], group[earlier], agreement) for group in groups if len(group) > 1
-             for row, earlier, agreement in followers(gather(signatures, group), least)]
-    return np.array(found, COPY)
+    hashes, positions = hashes[order], positions[order]
+    groups = np.split(np.arange(len(hashes)), np.flatnonzero(np.diff(hashes)) + 1)
+    found = [group[partners(gather(signatures, positions[group]), least)] for group in groups if len(group) > 1]
+    rows = np.concatenate([np.zeros(0, int), *found])
+    entries = np.empty(len(rows), ENTRY)
+    entries["position"], entries["group"] = positions[rows], hashes[rows]
+    return entries
 
-# %% ../nbs/04b_duplicates.ipynb #6d2f24fd
 def gather(
     signatures: Sequence[np.ndarray],  # of each shard
     positions: np.ndarray,             # (n,) uint64
@@ -183,9 +194,21 @@ def gather(
     "The signatures of documents anywhere."
     return np.stack([signatures[int(p) >> 32][int(p) & 0xFFFFFFFF] for p in positions])
 
-def first_of_each(
-    copies: np.ndarray,  # COPY, of several bands
-) -> np.ndarray:  # COPY, sorted by position, each position once
-    "For every document that is found, the earliest one that it repeats."
-    copies = copies[np.lexsort((copies["like"], copies["position"]))]
-    return copies[np.r_[True, np.diff(copies["position"]) > 0]] if len(copies) else copies
+# %% ../nbs/04b_duplicates.ipynb #6d2f24fd
+def near_copies(
+    entries: np.ndarray,               # ENTRY, of all bands and ranges
+    signatures: Sequence[np.ndarray],  # of each shard
+    least: float = LEAST,
+    side: Callable[[int], object] = lambda position: position,  # documents of one side are not compared
+) -> np.ndarray:  # (removed,) COPY, sorted; detail: share of equal numbers
+    "Which documents are removed, each with the earliest one that stays and is nearly the same."
+    kept, found = defaultdict(list), []
+    for of_one in by_position(entries):
+        position, groups = int(of_one["position"][0]), of_one["group"].tolist()
+        earlier = sorted({other for group in groups for other in kept[group] if side(other) != side(position)})
+        agreement = (gather(signatures, earlier) == gather(signatures, [position])).mean(1) if earlier else np.zeros(0)
+        near = np.flatnonzero(agreement >= least)
+        if len(near): found.append((position, earlier[near[0]], agreement[near[0]]))
+        else:
+            for group in groups: kept[group].append(position)
+    return np.array(found, COPY)

@@ -71,10 +71,11 @@ def write_atomic(
 @contextlib.contextmanager
 def folder_atomic(
     folder: Path,  # where the folder shall stand
+    inside: Path | None = None,  # a folder on the same disk for the temporary one; None: beside `folder`
 ):
-    "A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."
+    "A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not."
     folder = Path(folder); folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(dir=inside or folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as name:
         inner = Path(name) / "content"; inner.mkdir()
         yield inner
         for path in inner.rglob("*"): sync(path)

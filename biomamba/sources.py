@@ -8,7 +8,7 @@ __all__ = ['SAMPLE_SIZES', 'SAMPLE_SHARD', 'LEAST_READ', 'HELD_OUT_AMONG', 'FEWE
            'named_sources', 'check_reasons']
 
 # %% ../nbs/04e_sources.ipynb #31d4bc92
-import dataclasses, functools, itertools, math
+import dataclasses, functools, itertools, math, re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,7 +69,9 @@ def folder_source(
 ) -> Source:
     "A source of local files: JSONL, Parquet, MEDLINE XML, text or MIMIC-IV-Note's discharge.csv in folder/name/, or in one file of that name."
     path = source_path(Path(folder), name)
-    if notes := note_files(path): made = Source(name, {"files": file_hashes(path)}, tuple(functools.partial(_note_shard, file, place, name) for file, place in notes.items()))
+    if notes := note_files(path):
+        hashes = file_hashes(path)
+        made = Source(name, {"files": hashes}, tuple(functools.partial(_unchanged, functools.partial(_note_shard, file, place, name), place, hashes[file]) for file, place in notes.items()))
     else: made = _files_source(path, name)
     reason = reason or restricted(path) or (MIMIC if notes else None)
     return restrict(made, reason) if reason else made
@@ -78,8 +80,9 @@ def _files_source(path: Path, name: str) -> Source:
     "A source of the known formats."
     files = data_files(path, ReadReport())
     xml = {file: place for file, place in files.items() if format_of(file) == "xml"}
-    shards = tuple(functools.partial(_file_shard, file, place, name, list(xml).index(file) + 1 if file in xml else 0) for file, place in files.items())
-    origin = {"files": file_hashes(path)} | ({"titles": False} if xml else {})
+    read, hashes = {file: functools.partial(_file_shard, file, place, name, list(xml).index(file) + 1 if file in xml else 0) for file, place in files.items()}, file_hashes(path)
+    shards = tuple(functools.partial(_unchanged, read[file], place, hashes[file]) for file, place in files.items())
+    origin = {"files": hashes} | ({"titles": False} if xml else {})
     return Source(name, origin, shards, functools.partial(_find_revisions, tuple(xml.values()), name) if xml else None)
 
 # %% ../nbs/04e_sources.ipynb #d31111dc
@@ -100,6 +103,11 @@ def _file_shard(file: str, path: Path, name: str, number: int, scratch: Path, re
     if number: items = medline_items(path, name, _revisions(scratch / f"revisions-{name}.npz"), number)
     else: [(_, items)] = items_of({file: path}, name, None, None)
     return read_file(file, without_titles(items), report, max_bad=0.01, start=0)
+
+def _unchanged(shard: Callable, path: Path, sha256: str, scratch: Path, report: ReadReport) -> Iterator[Document]:
+    "The documents of a file that is still the one whose hash names the source when it has been read."
+    yield from shard(scratch, report)
+    if list(file_hashes(path).values()) != [sha256]: raise UserError(f"{path} changed while it was read; files that stay as they are until the end are accepted")
 
 def _note_shard(file: str, path: Path, name: str, scratch: Path, report: ReadReport) -> Iterator[Document]:
     "The discharge summaries of one file."
@@ -195,6 +203,8 @@ def named_sources(
 ) -> dict[str, Source]:
     "The sources of these names in a folder, or in the built-in sample."
     check_reasons(reasons, names)
+    wrong = [name for name in names if not name.strip(".") or re.search(r"[/\\\0]", name)]
+    if wrong: raise UserError(f"{wrong[0]!r} is no name of a source; the name of a folder or file in the corpus folder, without a path, is accepted")
     if str(corpus) == "sample": found = {name: _of_sample(name) for name in names}
     else: found = {name: folder_source(_corpus_folder(corpus, names), name) for name in names}
     return _marked(found, reasons)

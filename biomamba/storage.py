@@ -67,6 +67,7 @@ def tokenize(
     "Documents as a table of token ids, without special tokens."
     import pyarrow as pa
     tokenizer.encode_special_tokens = True    # a text that spells <|endoftext|> does not end there
+    tokenizer.no_truncation(); tokenizer.no_padding()     # its file may ask for both
     encoded = [e.ids for e in tokenizer.encode_batch_fast([d.text for d in documents], add_special_tokens=False)]
     flat = np.fromiter(itertools.chain.from_iterable(encoded), token_type(tokenizer.get_vocab_size()), sum(map(len, encoded)))
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)

@@ -15,7 +15,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from biomamba.checkpoints import save_model
-from biomamba.clinical import LIMITS, SIDES, TARGETS, TASKS, Item, Limits, admission_and_discharge, discharge_item, load_notes, make_items, select_notes, side_of, synthetic_notes, without_copies
+from biomamba.clinical import LIMITS, SIDES, NoteSet, TARGETS, TASKS, Item, Limits, admission_and_discharge, discharge_item, load_notes, make_items, select_notes, side_of, synthetic_notes, without_copies
 from biomamba.clinical_tuning import models_beside, open_clinical_run, score_stage, seeds_from
 from biomamba.documents import NOTE_COLUMNS, note_document, read_mimic
 from biomamba.guards import Hidden
@@ -93,6 +93,17 @@ def test_a_planted_near_duplicate_leaves_the_side_that_is_not_scored(shaped):
     before, after = without_copies(select_notes(notes)), without_copies(select_notes([copy, *notes]))
     assert after.counts["near-duplicate of another side"] == before.counts["near-duplicate of another side"] + 1
     assert copy.id not in {n.id for side in SIDES for n in after.notes[side]} and test.id in {n.id for n in after.notes["test"]}
+
+
+def test_a_note_that_is_like_a_scored_one_goes_whatever_that_one_repeats(shaped):
+    "Test notes are never removed, so one that repeats another test note still guards its own near copies."
+    notes = list(read_mimic(shaped))
+    test = next(n for n in notes if side_of(n.meta["subject_id"]) == "test" and len(n.text) > 2000)
+    words, strangers = [f"w{i}" for i in range(400)], [next(str(p) for p in range(999) if side_of(str(p)) == side) for side in ("test", "test", "train")]
+    text = lambda start: test.text[:300] + " " + " ".join(words[start : start + 300])
+    chain = [replace(test, id=f"chain {i}", text=text(25 * i), meta=test.meta | {"subject_id": stranger}) for i, stranger in enumerate(strangers)]
+    left = {n.id for side in SIDES for n in without_copies(NoteSet({"train": chain[2:], "validation": [], "test": chain[:2]}, Counter(), None)).notes[side]}
+    assert left == {"chain 0", "chain 1"}
 
 
 def test_blanks_around_a_patients_id_are_no_other_patient():

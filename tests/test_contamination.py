@@ -1,5 +1,5 @@
 """Contamination: what is in an evaluation set is found, by id and by words, and nothing else is; real files give real counts."""
-import dataclasses, gzip, json, os, pickle, random
+import dataclasses, gzip, json, os, pickle, random, sys, unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from biomamba import contamination
 from biomamba.contamination import BIOASQ_TYPES, ContaminationIndex, EvaluationSet, Hit, evaluation_sets, identities, whole_text, words_of
 from biomamba.documents import read_bioasq, read_documents, read_pubmedqa
+from biomamba.duplicates import shingles
+from biomamba.language import comparable, normalize
 from biomamba.records import Document
 from biomamba.runs import UserError
 
@@ -66,6 +68,31 @@ def test_a_planted_text_is_found_in_any_dress():
             assert found == [Hit("qa", "q", "d", "13-gram", 1)]
     assert index.find(Document("d", " ".join(clean), "c4")) == []
     assert index.find(Document("d", " ".join(passage[:12] + clean + passage[1:]), "c4")) == [], "12 words in a row are not 13"
+
+
+@pytest.mark.parametrize("character", list("\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u202a\u2060\u2062\u2066\ufe0f\ufeff\U000e0020"), ids=lambda c: f"U+{ord(c):04X}")
+def test_what_nobody_sees_hides_nothing(character):
+    passage = "Patients with metastatic carcinoma receiving bevacizumab and oxaliplatin survived considerably longer than historical controls treated conventionally"
+    index = ContaminationIndex([EvaluationSet("qa", [Document("q", passage, "notes")])])
+    hidden = " ".join(word[:3] + character + word[3:] for word in passage.split())
+    for text in (hidden, normalize(hidden), hidden.upper()):
+        assert index.find(Document("d", text, "c4")) == index.find(Document("d", passage, "c4")) != []
+        assert np.array_equal(shingles(text), shingles(passage))
+
+
+def test_every_format_character_is_invisible():
+    assert not [hex(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf" and comparable(f"a{chr(i)}b") != "ab"]
+
+
+def test_case_is_folded():
+    index = ContaminationIndex([EvaluationSet("qa", [Document("q", "straße Ménière word " * 6, "notes")])])
+    assert index.find(Document("d", ("straße Ménière word " * 6).upper(), "c4"))
+
+
+def test_a_pmid_is_the_number_in_it():
+    qa = Document("0012", "text", "pubmedqa")
+    for id in ("12", "PMID:12", "pmid12", "PMID 12", "12.0", " 12\n"): assert identities(Document(id, "x", "pubmed")) == identities(qa), id
+    for id in ("12.5", "12v1", "PMC12", "12 13"): assert identities(Document(id, "x", "pubmed")) != identities(qa), id
 
 
 def test_the_question_and_the_conclusion_count_as_text():

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biomamba.building import Report, build
+from biomamba.building import Report, build, tokenizer_at
+from biomamba.checkpoints import load_tokenizer
 from biomamba.collection import Collection, build_collection, open_collection
 from biomamba.contamination import EvaluationSet, evaluation_sets
 from biomamba.corpus import MIXTURES, Corpus, Mixture
@@ -101,6 +102,19 @@ def test_what_stays_of_copies_is_the_first_in_order(tmp_path, tokenizer):
     assert {row["id"]: row["like"] for row in made.removed("c4").to_pylist()} == {c.id: f"pubmed {d.id}" for c, d in zip(copies, first)}
 
 
+def test_a_near_copy_goes_for_a_document_that_stays(tmp_path, tokenizer):
+    "In a chain of edits half went for being like a document that was gone itself, some without a shingle in common with anything that stayed."
+    stream = [f"word{i}" for i in np.random.default_rng(0).integers(0, 20_000, 1_000)]
+    chain = [Document(f"chain {i}", " ".join(stream[16 * i : 16 * i + 300]), "c4") for i in range(40)]
+    others = [Document(f"other {i}", " ".join(f"{i}x{k}" for k in range(60)), "c4") for i in range(30)]
+    whole, cut = (make(tmp_path / name, {"c4": source("c4", *shards)}, tokenizer) for name, shards in (("whole", [chain + others]), ("cut", [chain[:7], chain[7:] + others])))
+    gone = {row["id"]: row["like"].removeprefix("c4 ") for row in whole.removed("c4").to_pylist()}
+    assert 10 < len(gone) < 30 and not set(gone.values()) & set(gone)
+    sets = {d.id: set(shingles(d.text).tolist()) for d in chain}
+    for id, like in gone.items(): assert len(sets[id] & sets[like]) / len(sets[id] | sets[like]) > 0.7
+    assert whole.removed("c4").to_pylist() == cut.removed("c4").to_pylist()
+
+
 def test_documents_stand_in_the_order_in_which_they_were_read(tmp_path, tokenizer):
     "Ids, tokens and lengths, over several shards and batches; of the held-out parts in the order of their places."
     documents = list(sample_documents("pubmed", 1_300))
@@ -129,6 +143,39 @@ def test_a_longer_reading_of_a_public_dataset_is_tested_on_the_same_documents(tm
         return [made.documents(part, "pubmed").ids for part in HELD_OUT]
     assert hub_source("pubmed", 100).held_out_among == 250
     assert held(100, "short", 250) == held(400, "long", 250) != held(400, "anywhere", None)
+
+
+def test_a_script_without_blanks_has_words(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    pages = [Document(f"{name} {i}", "".join(map(chr, rng.integers(first, last, 240))), "c4") for name, first, last in (("Han", 0x4e00, 0x5e00), ("Thai", 0x0e01, 0x0e2f), ("Khmer", 0x1780, 0x17b3)) for i in range(10)]
+    made = make(tmp_path, {"c4": source("c4", pages + [Document("short", "四十名患者", "c4"), Document("few", "only a few words", "c4")])}, tokenizer, Steps(language=None, jaccard=None))
+    assert {row["id"] for row in made.removed("c4").to_pylist()} == {"short", "few"}
+
+
+def test_what_a_tokenizers_file_cuts_or_pads_is_not_cut_or_padded(tmp_path, tokenizer):
+    "A corpus of documents of 16 tokens was built without a word, and one in which padding stood as text."
+    from tokenizers import Tokenizer
+    documents, made = {"c4": source("c4", list(sample_documents("c4", 40)))}, {}
+    tokenizer.backend_tokenizer.save(str(tmp_path / "plain.json"))
+    for name in ("plain", "cut", "padded"):
+        own = Tokenizer.from_file(str(tmp_path / "plain.json"))
+        if name == "cut": own.enable_truncation(16)
+        if name == "padded": own.enable_padding(pad_id=1, pad_token="<|padding|>")
+        own.save(str(tmp_path / f"{name}.json"))
+        stated = wrap_tokenizer(own)
+        made[name] = [make(tmp_path / name / str(k), documents, t) for k, t in enumerate((stated, tokenizer_at(tmp_path / f"{name}.json"), load_tokenizer(tmp_path / f"{name}.json")))]
+    assert len({collection.fingerprint for some in made.values() for collection in some}) == 1
+
+
+@pytest.mark.parametrize("content, said", [
+    ("{", "is not JSON"), ("[]", "has no model"), ("{}", "has no model"), ("late", r"at id 2 and <\|padding\|> at 3; they must be 0 and 1"), ("none", "at id None")])
+def test_a_tokenizer_that_no_model_here_can_have_is_refused_before_the_build(content, said, tmp_path):
+    from tokenizers import Tokenizer, models
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    if content == "late": tokenizer.add_special_tokens(["<|endoftext|>", "<|padding|>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str() if content in ("late", "none") else content)
+    with pytest.raises(UserError, match=said): build("sample", tmp_path / "corpus", tokenizer=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 def test_a_title_is_no_document(tmp_path, tokenizer):
@@ -189,6 +236,95 @@ def test_a_change_that_hides_its_time_is_found_by_verify(tmp_path, tokenizer):
     Collection(made.folder)
     with pytest.raises(UserError, match="test/pubmed/data-00000-of-00001.arrow has another content"):
         Collection(made.folder).verify()
+
+
+# ---------------------------------------------------------------- what stands beside a corpus, and what changes meanwhile
+
+ask = dict(mixture={"c4": 1.0}, vocabulary=600)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts" / "c4"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"id": d.id, "text": d.text}) + "\n" for d in sample_documents("c4", 40)))
+    return folder.parent
+
+
+def killed(*_): raise KeyboardInterrupt
+
+
+def test_a_build_leaves_its_neighbours_alone(texts, tmp_path):
+    "Everything whose name went on after a dot was taken for a half-written folder: a backup, or another build that was running."
+    neighbours = [tmp_path / name for name in (".q.backup", ".q.v2-0123456789abcdef", ".q.abcdefgh", ".q-notes", ".other-0123456789abcdef")]
+    for folder in neighbours: folder.mkdir(); (folder / "kept").touch()
+    build(texts, tmp_path / "q", **ask)
+    assert all((folder / "kept").exists() for folder in neighbours)
+    assert {p.name for p in tmp_path.iterdir()} - {".q.lock", "cache"} == {"texts", "q", *(folder.name for folder in neighbours)}
+
+
+def test_the_texts_of_a_build_that_will_not_go_on_are_removed(texts, tmp_path, monkeypatch):
+    "With other parameters its work folder has another name, and stood there for good."
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "tokenize", killed)
+        with pytest.raises(KeyboardInterrupt): build(texts, tmp_path / "q", **ask, restricted={"c4": "our ward"}, tokenizer=None)
+    assert list(tmp_path.glob(".q-*/texts/*.arrow"))
+    build(texts, tmp_path / "q", **ask, language="any")
+    assert not list(tmp_path.glob(".q-*"))
+
+
+def test_what_was_half_put_together_goes_with_the_work(texts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("biomamba.collection.write_collection", killed)
+        with pytest.raises(KeyboardInterrupt): build(texts, tmp_path / "q", **ask)
+    [work] = tmp_path.glob(".q-*")
+    (work / ".q.half").mkdir()
+    build(texts, tmp_path / "q", **ask)
+    assert not list(tmp_path.glob(".q-*"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "notes"])
+def test_a_file_that_changes_while_it_is_read_is_refused(kind, texts, tmp_path, monkeypatch):
+    "The corpus bore the name of the files as they had been."
+    file = texts / "c4" / ("a.jsonl" if kind == "jsonl" else "discharge.csv")
+    if kind == "notes":
+        (texts / "c4" / "a.jsonl").unlink()
+        file.write_text("note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text\n" + "".join(f"{i}-DS-1,{i},{i},DS,1,,,{'the and ' * 20}{i} {i + 1} {i * 7}\n" for i in range(40)))
+    before, read = file.read_text(), Work.read
+    def meanwhile(self):
+        file.write_text(before + before.splitlines()[-1].replace("1", "2") + "\n")
+        read(self)
+    monkeypatch.setattr(Work, "read", meanwhile)
+    with pytest.raises(UserError, match="changed while it was read"): build(texts, tmp_path / "q", **ask, tokenizer=None if kind == "jsonl" else saved(tmp_path))
+    assert not (tmp_path / "q").exists() and not list(tmp_path.glob(".q-*"))
+
+
+def saved(folder: Path) -> Path:
+    train_tokenizer([d.text for d in sample_documents("c4", 20)], 400).save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_notes_are_held_out_in_one_order_from_raw_files_and_from_a_corpus(tmp_path):
+    "A patient's notes stand where the patient does; the built sets were ordered by the notes' own ids."
+    from biomamba.heldout import test_texts as held_out_texts
+    folder, rng = tmp_path / "texts" / "notes", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    rows = [f"{10_000 + p}-DS-{n},{10_000 + p},{p * 9 + n},DS,{n},,,the and {' '.join(f'w{w}' for w in rng.integers(0, 3_000, 40))}\n" for p in range(60) for n in range(1 + p % 4)]
+    (folder / "discharge.csv").write_text("note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text\n" + "".join(rows))
+    build(tmp_path / "texts", tmp_path / "q", mixture={"notes": 1.0}, tokenizer=saved(tmp_path))
+    raw, built = (held_out_texts(str(place), ["notes"], documents=8)["notes"] for place in (tmp_path / "texts", tmp_path / "q"))
+    assert raw == built and len(set(raw)) == 8
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({"jaccard": float("nan")}, "jaccard=nan"), ({"jaccard": "0.9"}, "jaccard='0.9'"), ({"options": '{"nonsense": 1}'}, "options has 'nonsense'"), ({"options": {"workers": 2}}, "options has 'workers'"),
+    ({"options": '{"tasks": 2}'}, "options has 'tasks'"), ({"destination": "texts/c4/a.jsonl/x"}, "would lie in the file"), ({"destination": "texts/c4/a.jsonl/x/y"}, "would lie in the file"),
+    ({"mixture": {"../texts/c4": 1.0}}, "is no name of a source"), ({"mixture": {"..": 1.0}}, "is no name of a source"), ({"mixture": {"texts\\c4": 1.0}}, "is no name of a source")])
+def test_what_cannot_be_built_is_one_sentence_before_anything_is_made(asked, said, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=said): build(**dict(source=texts, destination="q") | ask | asked)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------- mixtures

@@ -151,6 +151,16 @@ def test_a_mistake_is_one_sentence_from_any_process(workers, tmp_path):
     assert (tmp_path / "other" / "failed" / "00000.json").exists()
 
 
+@pytest.mark.parametrize("call", ["build('sample', 'corpus', mixture={'c4': 1.0}, workers=2, vocabulary=600)", "run_stage(Engine(2), Path('stage'), 2, Do(str))"])
+def test_a_script_that_its_workers_cannot_import_is_one_sentence(call, tmp_path):
+    "It hung: each worker began the build again and waited for the lock that the first one held."
+    script = tmp_path / "script.py"
+    script.write_text(f"from pathlib import Path\nfrom biomamba.building import build\nfrom biomamba.pipeline import Do, Engine, run_stage\n{call}\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120)
+    assert done.returncode and 'under `if __name__ == "__main__":`, or workers=1, is accepted' in done.stderr.splitlines()[-1]
+    assert done.stderr.count("Traceback") == 1 and [p.name for p in tmp_path.iterdir()] == ["script.py"]
+
+
 def test_nothing_is_announced(tmp_path, capfd):
     run_stage(Engine(2), tmp_path, 2, Do(str))
     assert capfd.readouterr() == ("", "")
