@@ -83,7 +83,7 @@ def cpt(
     chosen = recipe_asked(parameters)
     if parameters.get("plan_only"): return plan(parameters)
     from biomamba.report import curve_text, perplexity_table
-    folder = run_dir_for(parameters.get("run_dir"), chosen, parameters.get("corpus"), parameters.get("model"), parameters.get("processes", 1), parameters.get("against"))
+    folder = run_dir_for(parameters.get("run_dir"), chosen, parameters.get("corpus"), parameters.get("model"), parameters.get("processes", 1), parameters.get("against"), parameters.get("restricted"))
     sys.stderr.write(f"biomamba cpt: scale {chosen.scale}, into {folder}\n")
     run_notebook("10_cpt", parameters | {"run_dir": str(folder)}, folder)
     results = json.loads((folder / "results.json").read_text())

@@ -24,7 +24,7 @@ from .decoding import Decoder
 from .guards import discreet
 from .paper_results import published_table
 from .records import Document
-from .runs import Run, UserError, all_reasons, check_run_dir, fingerprint, mark_restricted, resolve, restricted, write_atomic
+from .runs import Run, UserError, all_reasons, fingerprint, resolve, restricted, write_atomic
 from .scoring import (ROUGES, TEMPLATES, Answer, NoteScore, exact_rank_p, items_name, kept_answers, loss_against_rouge, mean_rouge, open_public, rouge_difference,
                               score_answers, write_answers, write_public)
 from .sft import SftRecipe, counts_of, fine_tune, make_example, sft_recipe
@@ -111,9 +111,7 @@ def open_clinical_run(
     for task, some in items.items():
         if len({item.patient for item in some}) < 2: raise UserError(f"the test side has {len(some)} notes for {task}, of fewer than two patients; more notes are accepted")
     identity = {"clinical": chosen.name, "base": weights_of(base), "adapted": weights_of(adapted), "test_notes": test_notes}
-    check_run_dir(resolve(run_dir))
-    if reason: mark_restricted(resolve(run_dir), reason)
-    run = Run(run_dir, identity)
+    run = Run(run_dir, identity, reason)
     write_atomic(run / "manifest.json", json.dumps(about(chosen) | ({"restricted": reason} if reason else {}), indent=1))
     return ClinicalRun(run, base, adapted, items, load_tokenizer(base), reason)
 

@@ -23,7 +23,7 @@ from .pipeline import Engine, check_workers, read_counts
 from .runs import Recipe, UserError, cache_dir, code_version, fingerprint, folder_atomic, made_once, mark_restricted, stop_telemetry, write_atomic
 from .sources import Source
 from .stages import Work
-from .steps import BASE_SHARE, HELD_OUT, PARTS, PLAIN, SMALL, SMALL_LEAST, SMALL_SHARE, Steps, held_out_size, tokenizer_hash
+from .steps import BASE_SHARE, HELD_OUT, PARTS, PLAIN, SMALL, SMALL_LEAST, SMALL_SHARE, Steps, check_vocabulary, held_out_size, tokenizer_hash
 from .storage import Tokens, batches, check_files, describe_files, read_stream, save_table, write_stream
 
 # %% ../nbs/04i_collection.ipynb #b0b56452
@@ -248,6 +248,7 @@ def open_collection(
 ) -> Collection:  # from the cache, or built now
     "The collection of these sources under this tokenizer, built when it is not there yet."
     base = tokenizer is None
+    if base: check_vocabulary(recipe.vocabulary)
     about = {"train": recipe.vocabulary} if base else {"sha256": tokenizer_hash(tokenizer)}
     key = collection_key(Work(Path(), sources, steps, base), about, against)
     check_workers(engine)

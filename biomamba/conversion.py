@@ -128,7 +128,8 @@ def _write(
         config.save_pretrained(folder); generation_config(config).save_pretrained(folder)
         write_transformers(tensors, found, folder, shard)
     else:
-        (folder / "config.json").write_text(json.dumps(config_to_state_spaces(config), indent=4))
+        said = config_to_state_spaces(config) | ({"attn_cfg": {"restricted": reason}} if reason else {})    # mamba-ssm refuses a word on top, and reads this one for attention alone
+        (folder / "config.json").write_text(json.dumps(said, indent=4))
         write_state_spaces(tensors, found, tied, folder / "pytorch_model.bin")
     for file in (*source.glob("*token*.json"), *(source.glob("README.md") if restricted(source) else ())): shutil.copyfile(file, folder / file.name)
 

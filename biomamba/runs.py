@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TELEMETRY', 'fingerprint', 'project_root', 'resolve', 'cache_dir', 'write_atomic', 'folder_atomic', 'sync',
-           'replace_folder', 'flatten', 'differences', 'same_run', 'check_run_dir', 'Run', 'read_metrics', 'wordless',
-           'made_once', 'reads_only', 'stop_telemetry', 'all_reasons', 'mark_restricted', 'restricted', 'stated',
-           'inherit_mark', 'private_folder', 'assigned', 'check_parameters', 'as_dict', 'given', 'mixture_asked',
-           'recipe_from', 'check_processes', 'spelled', 'variant_dir', 'run_dir_for', 'version_of', 'environment',
-           'code_version']
+           'replace_folder', 'flatten', 'differences', 'same_run', 'check_run_dir', 'check_owner', 'check_asked', 'Run',
+           'read_metrics', 'wordless', 'made_once', 'reads_only', 'stop_telemetry', 'all_reasons', 'mark_restricted',
+           'restricted', 'stated', 'inherit_mark', 'private_folder', 'assigned', 'check_parameters', 'as_dict', 'given',
+           'mixture_asked', 'recipe_from', 'check_processes', 'spelled', 'variant_dir', 'run_dir_for', 'version_of',
+           'environment', 'code_version']
 
 # %% ../nbs/01b_runs.ipynb #e3d39569
 import ast, contextlib, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, sys, tempfile
@@ -144,6 +144,29 @@ def check_run_dir(
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix != ".ipynb" and p.name not in ("RESTRICTED", "private"))
     if strangers: raise UserError(f"run_dir {folder} is no run folder and holds {', '.join(strangers[:3])}; a new folder, an empty one or a run folder is accepted")
 
+# %% ../nbs/01b_runs.ipynb #5e7a1c3d
+def check_owner(
+    folder: Path,
+    there: dict,  # the identity in the folder
+    here: dict,   # the identity that is asked for
+) -> None:
+    "Raise `UserError` for the folder of another run."
+    if not same_run(there, here): raise UserError(f"run_dir {folder} belongs to another run: {differences(there, here)}; another run_dir, or that folder removed, is accepted")
+
+def check_asked(
+    folder: Path,           # of a run, or not there yet
+    reasons: dict,          # source → why it is restricted, as given
+    asked: Recipe | None = None,  # None: the run's recipe is not known yet
+) -> dict:  # what the reasons add to the identity of the run: nothing where there are none
+    "Raise `UserError` for the folder of another run, as far as that is known before anything is made."
+    path, known = folder / "recipe.json", {"recipe": json.loads(json.dumps(deciding(asked)))} if asked else {}
+    adds = {"restricted": reasons} if reasons else {}
+    check_run_dir(folder)
+    if path.exists():
+        there = json.loads(path.read_text())
+        check_owner(folder, there, {name: value for name, value in there.items() if name != "restricted"} | adds | known)
+    return adds
+
 # %% ../nbs/01b_runs.ipynb #eabb2044
 class Run:
     "A run folder: who it belongs to, what it has logged, what came out."
@@ -153,19 +176,14 @@ class Run:
     def __init__(self,
         folder: str | os.PathLike,  # made when it is not there; relative to the project
         identity: dict,             # plain data that decides the run; must equal the folder's own
+        reason: str | None = None,  # why it is restricted: the folder is marked and closed once it is this run's
     ):
         self.folder, self.identity = resolve(folder), json.loads(json.dumps(identity))
-        self._claim()
-
-    def _claim(self) -> None:
-        path = self.folder / "recipe.json"
         check_run_dir(self.folder)
-        if path.exists():
-            there = json.loads(path.read_text())
-            if not same_run(there, self.identity):
-                raise UserError(f"run_dir {self.folder} belongs to another run: {differences(there, self.identity)}; "
-                                "another run_dir, or that folder removed, is accepted")
-        else: write_atomic(path, json.dumps(self.identity, indent=1))
+        path = self / "recipe.json"
+        if path.exists(): check_owner(self.folder, json.loads(path.read_text()), self.identity)
+        if reason: mark_restricted(self.folder, reason)
+        if not path.exists(): write_atomic(path, json.dumps(self.identity, indent=1))
 
     def __truediv__(self, name: str) -> Path: return self.folder / name
 
@@ -274,27 +292,38 @@ def mark_restricted(
     try: folder.mkdir(mode=0o700, parents=True, exist_ok=True); folder.chmod(0o700)
     except PermissionError: raise UserError(f"{folder} holds restricted text and cannot be closed to others; a folder of your own is accepted") from None
     write_atomic(folder / "RESTRICTED", reasons.replace("; ", "\n") + "\n")
+    for config in (folder / "config.json", folder / "model" / "config.json"):
+        about, every = _plain_object(config), restricted(config.parent)
+        if "model_type" in about and about.get("restricted") != every:    # transformers'
+            write_atomic(config, json.dumps(about | {"restricted": every}, indent=2, sort_keys=True) + "\n")
     stop_telemetry()
+
+def _plain_object(
+    file: Path,
+) -> dict:
+    "A JSON object in a file; an empty one where there is none, or something of somebody's own."
+    try: about = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError: return {}
+    return about if isinstance(about, dict) else {}
 
 # %% ../nbs/01b_runs.ipynb #e7110864
 def restricted(
     folder: Path,  # of a run, corpus, model or source, or a file in one
 ) -> str | None:  # the reasons, or None
-    "Why a folder is restricted, if it is, or one above it."
+    "Why a folder is restricted, if it is, or one above it: the reasons of all marks on the way up, and what it states itself."
     folder = Path(folder).resolve()
-    marks = (place / "RESTRICTED" for place in (folder, *folder.parents))
-    mark = next((mark for mark in marks if mark.is_file()), None)
-    return all_reasons(mark.read_text()) or "for a reason that its RESTRICTED file does not say" if mark else stated(folder)
+    marks = [place / "RESTRICTED" for place in (folder, *folder.parents)]
+    said = [all_reasons(mark.read_text()) or "for a reason that its RESTRICTED file does not say" for mark in marks if mark.is_file()]
+    return all_reasons(*said, stated(folder))
 
 def stated(
     folder: Path,
 ) -> str | None:
     "What the manifest of a corpus or the configuration of a model says of restriction."
-    for file in (folder / "manifest.json", folder / "config.json"):
-        try: about = json.loads(file.read_bytes()) if file.is_file() else None
-        except ValueError: continue    # a file of somebody's own, which states nothing
-        if isinstance(about, dict) and about.get("restricted"): return str(about["restricted"])
-    return None
+    manifest, config = (_plain_object(folder / name) for name in ("manifest.json", "config.json"))
+    attention = config.get("attn_cfg")     # of mamba-ssm, which refuses words on top that it does not know
+    said = [about.get("restricted") for about in (manifest, config, attention) if isinstance(about, dict)]
+    return all_reasons(*(str(reason) for reason in said if reason))
 
 # %% ../nbs/01b_runs.ipynb #ff6d90a0
 def inherit_mark(
@@ -408,11 +437,13 @@ def run_dir_for(
     model: str | None = None,  # as given
     processes: int = 1,
     against: str | None = None,  # as given
+    restricted: dict | str | None = None,  # as given
 ) -> Path:
     "The folder of a run: the one that was named, or runs/<scale>[-<fingerprint of the variant>]."
+    reasons = as_dict(restricted, "restricted") or None
     default, several = recipe(recipe_asked.scale), None if processes == 1 else processes
     variant = {} if deciding(recipe_asked) == deciding(default) else deciding(recipe_asked)
-    asked = [variant | given(corpus=of(corpus), model=of(model), processes=several, against=against) for of in (lambda path: path, spelled)]
+    asked = [variant | given(corpus=of(corpus), model=of(model), processes=several, against=against, restricted=reasons) for of in (lambda path: path, spelled)]
     folders = [variant_dir(run_dir, recipe_asked.scale, **how) for how in asked]
     return folders[0] if folders[0].exists() else folders[1]    # what was made under the words as they were typed is found again
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .documents import HUB, items_of, note_files, note_items, read_hub
-from .guards import MIMIC, discreet, plain_id
+from .documents import DISCHARGE, HUB, items_of, note_files, note_items, note_reason, read_hub
+from .guards import discreet, plain_id
 from .medline import BLOCK, Revisions, find_revisions, medline_items
-from .records import FORMAT, Document, ReadReport, data_files, file_hashes, format_of, read_file, stable_hash, without_titles
-from .runs import Recipe, UserError, did_you_mean, fingerprint, resolve, restricted, stop_telemetry
+from .records import ACCEPTED, FORMAT, Document, ReadReport, all_files, data_files, file_hashes, format_of, read_file, stable_hash, without_titles
+from .runs import Recipe, UserError, all_reasons, did_you_mean, fingerprint, resolve, restricted, stop_telemetry
 from .sample import sample_document, sample_documents
 
 # %% ../nbs/04e_sources.ipynb #31950cd5
@@ -69,15 +69,17 @@ def folder_source(
 ) -> Source:
     "A source of local files: JSONL, Parquet, MEDLINE XML, text or MIMIC-IV-Note's discharge.csv in folder/name/, or in one file of that name."
     path = source_path(Path(folder), name)
-    if notes := note_files(path):
+    if notes := {file: place for file, place in note_files(path).items() if DISCHARGE.search(file)}:
         hashes = file_hashes(path)
         made = Source(name, {"files": hashes}, tuple(functools.partial(_unchanged, functools.partial(_note_shard, file, place, name), place, hashes[file]) for file, place in notes.items()))
     else: made = _files_source(path, name)
-    reason = reason or restricted(path) or (MIMIC if notes else None)
+    reason = all_reasons(reason, restricted(path), note_reason(path))
     return restrict(made, reason) if reason else made
 
 def _files_source(path: Path, name: str) -> Source:
     "A source of the known formats."
+    known, sheets = any(map(format_of, all_files(path))), [file for file in all_files(path) if ".csv" in file.lower()]
+    if sheets and not known: raise UserError(f"{path} holds {sheets[0]}; of CSV only MIMIC-IV-Note's discharge.csv (also .gz, .zst), of other formats {ACCEPTED}, is accepted")
     files = data_files(path, ReadReport())
     xml = {file: place for file, place in files.items() if format_of(file) == "xml"}
     read, hashes = {file: functools.partial(_file_shard, file, place, name, list(xml).index(file) + 1 if file in xml else 0) for file, place in files.items()}, file_hashes(path)
@@ -125,8 +127,9 @@ def restrict(
 ) -> Source:
     "The same source, restricted."
     stop_telemetry()
-    shards = tuple(functools.partial(_restricted_shard, shard, reason) for shard in source.shards)
-    return dataclasses.replace(source, origin=source.origin | {"restricted": reason}, shards=shards)
+    reasons = all_reasons(source.restricted, reason)
+    shards = tuple(functools.partial(_restricted_shard, shard, reasons) for shard in source.shards)
+    return dataclasses.replace(source, origin=source.origin | {"restricted": reasons}, shards=shards)
 
 def _restricted_shard(shard: Callable, reason: str, scratch: Path, report: ReadReport) -> Iterator[Document]:
     "The documents of a shard, without a word in errors and ids."

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_WORDS', 'PLAIN', 'NO_BLANKS', 'HELD_OUT', 'SMALL', 'SMALL_SHARE', 'SMALL_LEAST', 'BASE_SHARE', 'PARTS', 'END',
-           'PAD', 'Steps', 'normalized', 'english', 'long_enough', 'place', 'whose', 'held_out_size', 'split',
-           'train_tokenizer', 'read_tokenizer', 'uncut', 'wrap_tokenizer', 'tokenizer_hash']
+           'PAD', 'FEWEST_ENTRIES', 'Steps', 'normalized', 'english', 'long_enough', 'place', 'whose', 'held_out_size',
+           'split', 'check_vocabulary', 'train_tokenizer', 'read_tokenizer', 'uncut', 'wrap_tokenizer',
+           'tokenizer_hash']
 
 # %% ../nbs/04f_steps.ipynb #7d37e6a0
 import dataclasses, hashlib, json, re
@@ -114,6 +115,13 @@ def split(
 
 # %% ../nbs/04f_steps.ipynb #90f75942
 END, PAD = "<|endoftext|>", "<|padding|>"
+FEWEST_ENTRIES = 256 + 2   # the bytes, END and PAD
+
+def check_vocabulary(
+    vocabulary: int,   # entries of a tokenizer that will be trained
+) -> None:
+    "Raise `UserError` for a tokenizer that could not spell every text."
+    if vocabulary < FEWEST_ENTRIES: raise UserError(f"vocabulary={vocabulary!r}; a whole number from {FEWEST_ENTRIES}, for 256 bytes and two special tokens, is accepted")
 
 def train_tokenizer(
     texts: Iterable[str],  # of training documents only
@@ -121,6 +129,7 @@ def train_tokenizer(
 ):  # tokenizers.Tokenizer
     "A byte-level BPE tokenizer; the same texts give the same tokenizer."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    check_vocabulary(vocabulary)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -301,7 +301,8 @@ def export_best(
     with torch.no_grad():
         for name, p in model.named_parameters(): p.copy_(tensors[f"average.{name}"])
     save_model(model, run / "model", load_tokenizer(model_folder))
-    write_atomic(run / "training.json", json.dumps(summary_of(state, corpus, recipe), indent=1))
+    hub = {"base_from_hub": True} if model_folder.parent.name == "snapshots" else {}     # the card names a repository, or none
+    write_atomic(run / "training.json", json.dumps(summary_of(state, corpus, recipe) | hub, indent=1))
 
 # %% ../nbs/09e_training.ipynb #4bd26961
 def summary_of(

@@ -129,3 +129,26 @@ def test_training_and_asking_share_one_template(base, tmp_path):
         line = lines[int(example.id)]
         theirs = qa_example(Question(example.id, line["question"], line["context"], line["answer"], "asked"), YES_NO, tokenizer, 128)
         assert example.prompt.tolist() == theirs.prompt.tolist() and example.answer.tolist() == theirs.answer.tolist()
+
+
+@pytest.mark.parametrize("name, scale, from_hub, expected", [("runs/mine", "tiny", None, None), ("someone/model", "tiny", True, "someone/model"), ("someone/model", "tiny", None, None), ("tests/upstream", "tiny", None, None),
+                                                            ("state-spaces/mamba2-130m", "130m", None, "state-spaces/mamba2-130m"), ("state-spaces/mamba2-130m", "tiny", True, "state-spaces/mamba2-130m")])
+def test_a_card_names_a_repository_and_no_folder(tuned, tmp_path, name, scale, from_hub, expected):
+    for file in ("recipe.json", "manifest.json", "training.json"):
+        about = json.loads((tuned / file).read_text())
+        if file == "recipe.json": about |= {"model": name, "recipe": about["recipe"] | {"scale": scale}}
+        if file == "training.json" and from_hub: about |= {"base_from_hub": True}
+        (tmp_path / file).write_text(json.dumps(about))
+    assert front(model_card(tmp_path)).get("base_model") == expected
+
+
+def test_a_training_notes_that_its_base_is_of_the_hub(base, tmp_path, monkeypatch):
+    import shutil
+
+    from biomamba import checkpoints
+    snapshot = shutil.copytree(base, tmp_path / "models--someone--model" / "snapshots" / "abc")
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: str(snapshot))
+    sft("someone/model", str(pairs_file(tmp_path)), run_dir=str(tmp_path / "run"), steps=1, overrides=SMALL)
+    assert front((tmp_path / "run" / "model" / "README.md").read_text())["base_model"] == "someone/model"
+    sft(str(base), str(pairs_file(tmp_path)), run_dir=str(tmp_path / "local"), steps=1, overrides=SMALL)
+    assert "base_from_hub" not in json.loads((tmp_path / "local" / "training.json").read_text())

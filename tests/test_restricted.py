@@ -1,8 +1,11 @@
 "What is made from restricted notes is marked, closed, and holds no word of them."
+import base64
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from biomamba import documents
 from biomamba.corpus import open_collection
@@ -386,3 +390,37 @@ def test_a_restricted_process_reports_nothing(made):
     clean = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")}
     done = subprocess.run([sys.executable, "-c", source, str(made[0] / "run")], capture_output=True, text=True, env=clean)
     assert done.stdout.split() == ["False", "True", "1"], done.stderr
+
+
+def zipped(data: bytes) -> bytes:
+    import zipfile
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("first.txt", "nothing")
+        archive.writestr("second", data)
+    return out.getvalue()
+
+
+def in_a_page(data: bytes) -> bytes:
+    return b'<html><a href="data:application/octet-stream;base64,' + base64.b64encode(data) + b'">notes</a></html>'
+
+
+PACKED = {"gzip": gzip.compress, "two members": lambda data: gzip.compress(b"") + gzip.compress(data), "a gzip without its end": lambda data: gzip.compress(data)[:-4],
+          "zstd": zstandard.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zip": zipped, "a page": in_a_page, "wrapped base64": base64.encodebytes, "urls": base64.urlsafe_b64encode,
+          "a notebook": lambda data: json.dumps({"image/png": base64.encodebytes(data).decode()}).encode()}
+
+
+@pytest.mark.parametrize("outer", PACKED)
+@pytest.mark.parametrize("inner", ["", *PACKED])
+def test_a_search_opens_what_is_packed_and_what_is_packed_in_it(inner, outer, tmp_path):
+    from biomamba.guards import files_with
+    text = b"\xfa" * 100 + f"\n{MARKER} was seen on the ward and went home again.\n".encode() + bytes(range(256)) * 3
+    (tmp_path / "file").write_bytes(PACKED[outer](PACKED[inner](text) if inner else text))
+    assert files_with(tmp_path, [MARKER]) == ["file"] and files_with(tmp_path, ["nowhere"]) == []
+
+
+def test_a_search_goes_on_behind_what_only_looks_packed(tmp_path):
+    from biomamba.guards import files_with
+    for name, data in {"a": b"\x1f\x8bno gzip", "b": b"\x28\xb5\x2f\xfdno zstd", "c": b"BZhno", "d": b"PK\x05\x06no zip", "e": zipped(b"x" * 99)[:-30] + b"PK\x05\x06"}.items():
+        (tmp_path / name).write_bytes(data + MARKER.encode())
+    assert files_with(tmp_path, [MARKER]) == ["a", "b", "c", "d", "e"]
