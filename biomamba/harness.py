@@ -11,10 +11,10 @@ import json, re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .heldout import test_texts
+from .heldout import reasons_of, test_texts
 from .qa import prompt_text
 from .questions import YES_NO, YES_NO_MAYBE, Question, bioasq_files, read_bioasq_set, read_pubmedqa_set, sample_qa
-from .runs import UserError, folder_atomic, resolve
+from .runs import UserError, folder_atomic, mark_restricted, resolve
 from .steps import END
 
 # %% ../nbs/23_harness.ipynb #4118e48f
@@ -118,5 +118,6 @@ def lm_eval_tasks(
     tasks = [(perplexity_task(name, final / f"{name}.jsonl"), [{"text": text[:characters]} for text in texts[source]]) for source, name in names.items()]
     tasks += [(answers_task(name, final / f"{name}.jsonl", classes), question_lines(questions, classes)) for name, (classes, questions) in asked.items()]
     with folder_atomic(final) as inside:
+        if reason := reasons_of(corpus, list(texts)): mark_restricted(inside, reason)
         for task, lines in tasks: write_task(inside, task, lines)
     return f"lm_eval --model hf --model_args pretrained=MODEL --include_path {final} --tasks {','.join(task['task'] for task, _ in tasks)}"

@@ -71,3 +71,13 @@ def test_written_again_the_folder_is_the_same(tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "tasks").iterdir()}
     assert lm_eval_tasks(str(tmp_path / "tasks"), sources=["c4"], documents=2) == first
     assert {p.name: p.read_bytes() for p in (tmp_path / "tasks").iterdir()} == before and "biomamba_c4" in first
+
+
+def test_tasks_of_notes_are_marked_and_their_owners_alone(tmp_path):
+    from biomamba.runs import restricted
+    from biomamba.sample import write_sample
+    write_sample(tmp_path / "hospital", documents=30, notes=20)
+    lm_eval_tasks(str(tmp_path / "tasks"), corpus=str(tmp_path / "hospital"), sources=["notes", "c4"], documents=2)
+    assert "MIMIC" in (restricted(tmp_path / "tasks") or "") and (tmp_path / "tasks").stat().st_mode & 0o077 == 0
+    lm_eval_tasks(str(tmp_path / "plain"), corpus=str(tmp_path / "hospital"), sources=["c4"], documents=2)
+    assert restricted(tmp_path / "plain") is None
