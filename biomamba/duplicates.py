@@ -189,7 +189,7 @@ def near_groups(
 
 def gather(
     signatures: Sequence[np.ndarray],  # of each shard
-    positions: np.ndarray,             # (n,) uint64
+    positions: Sequence[int] | np.ndarray,  # (n,)
 ) -> np.ndarray:  # (n, HASHES) uint32
     "The signatures of documents anywhere."
     return np.stack([signatures[int(p) >> 32][int(p) & 0xFFFFFFFF] for p in positions])
