@@ -96,7 +96,7 @@ def plan(
     "Print steps, tokens, FLOPs, memory and hours of a run, before anything is loaded."
     from biomamba.plan import TOKENS_PER_DOCUMENT, plan as planned
     chosen = recipe_asked(parameters)
-    full = {source: chosen.max_tokens for source in chosen.mixture if source not in TOKENS_PER_DOCUMENT}  # what nobody has counted
+    full = {source: float(chosen.max_tokens) for source in chosen.mixture if source not in TOKENS_PER_DOCUMENT}  # what nobody has counted
     if chosen.steps or chosen.sequences: text = str(planned(chosen, tokens_per_document=full, devices=parameters.get("processes", 1)))
     else: text = "As long as the corpus: its sequences decide the steps."
     sys.stdout.write(f"{text}\n")

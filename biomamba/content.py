@@ -116,7 +116,7 @@ def medicines(
 ) -> set[str]:  # substances
     "The medicines that a text names."
     known = {SUBSTANCES[word] for word in re.findall(r"[a-z][a-z-]+", text.lower()) if word in SUBSTANCES}
-    given = {SUBSTANCES.get(word.lower(), word.lower()) for pattern in (_LISTED, _DOSED) for word in pattern.findall(text)}
+    given = {SUBSTANCES.get(name, name) for name in map(str.lower, (word for pattern in (_LISTED, _DOSED) for word in pattern.findall(text)))}
     measured = {name.lower() for name, _ in lab_values(text)} & {"calcium", "k", "mg", "iron"}
     return given | (known - BARE if measured else known)
 

@@ -22,7 +22,7 @@ from .contamination import EvaluationSet
 from .duplicates import digest
 from .language import normalize
 from .pipeline import Engine
-from .recipe import CHOICES, NAMED_MIXTURES, PLAIN_SHARES
+from .recipe import CHOICES, NAMED_MIXTURES
 from .runs import Recipe, UserError, cache_dir, did_you_mean, fingerprint, recipe, resolve, write_atomic
 from .sources import SAMPLE_SIZES, Source, folder_source, hub_source, named_sources, sample_source, sources_of
 from .steps import END, PAD, PARTS, Steps, held_out_size, place, split, tokenizer_hash, train_tokenizer, wrap_tokenizer
@@ -93,9 +93,11 @@ def mixture_of(
     return Mixture(dict(recipe.mixture), recipe.mixture_by, total, dict(recipe.repeats or {}))
 
 # %% ../nbs/04j_corpus.ipynb #d7782b7a
-def in_order(source: str) -> tuple[int, str]:
-    "Where a source stands in a corpus, however its mixture is written: the paper's in the paper's order, then the others by name."
-    return (list(PLAIN_SHARES).index(source) if source in PLAIN_SHARES else len(PLAIN_SHARES)), source
+def in_order(
+    shares: dict[str, float],
+) -> list[str]:
+    "The sources as they stand in a corpus, however its mixture is written: the largest share first, equal ones by name."
+    return sorted((s for s, share in shares.items() if share > 0), key=lambda s: (-shares[s], s))
 
 def mixture_counts(
     available: dict[str, int],  # units of each source
@@ -106,9 +108,9 @@ def mixture_counts(
     "How much of each source a mixture takes."
     most = int(min(available[s] / share for s, share in mixture.items()) + 1e-9)
     wanted = most if total is None else total
-    counts = {s: int(wanted * share) for s, share in mixture.items()}
-    largest_first = sorted(mixture, key=lambda s: (round(counts[s] - wanted * mixture[s], 9), in_order(s)))
-    for source in largest_first[: max(0, wanted - sum(counts.values()))]: counts[source] += 1  # by remainders, so that the total is met
+    counts = {s: round(wanted * share) if total is None else int(wanted * share) for s, share in mixture.items()}
+    by_remainder = sorted(in_order(mixture), key=lambda s: round(counts[s] - wanted * mixture[s], 9))
+    for source in by_remainder[: 0 if total is None else max(0, total - sum(counts.values()))]: counts[source] += 1  # so that a total is met
     for source, n in counts.items():
         if n > available[source]:
             raise UserError(f"the mixture needs {n:,} {unit} of '{source}' ({mixture[source]:.1%} of {wanted:,}) and there are {available[source]:,}; "
@@ -162,7 +164,7 @@ class Corpus:
     ):
         self.collection, self.recipe, self.part = collection, recipe, part
         self.mixture = mixture or mixture_of(recipe)
-        self.names = sorted((s for s, share in self.mixture.shares.items() if share > 0), key=in_order)
+        self.names = in_order(self.mixture.shares)
         self.tables = {s: collection.documents(part, s) for s in self.names}
         self.index = self.chosen()
         self.counts = {s: int((self.index["source"] == i).sum()) for i, s in enumerate(self.names)}

@@ -128,6 +128,7 @@ def restrict(
     "The same source, restricted."
     stop_telemetry()
     reasons = all_reasons(source.restricted, reason)
+    assert reasons, "a restriction says why"
     shards = tuple(functools.partial(_restricted_shard, shard, reasons) for shard in source.shards)
     return dataclasses.replace(source, origin=source.origin | {"restricted": reasons}, shards=shards)
 
