@@ -340,7 +340,7 @@ def test_the_named_mixtures_on_a_corpus(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"needs 300 documents of 'wikipedia' \(60.0% of 500\) and there are 160; at most 266 documents in all"):
         Corpus(made, chosen, mixture=fewer)
     twice = Corpus(made, chosen, mixture=dataclasses.replace(fewer, repeats={"wikipedia": 2}))
-    rows = twice.index["row"][twice.index["source"] == 2]
+    rows = twice.index["row"][twice.index["source"] == twice.names.index("wikipedia")]
     assert len(rows) == 300 and np.bincount(rows).max() == 2 and set(rows) == set(range(160))
     again = Corpus(made, chosen, mixture=dataclasses.replace(fewer, repeats={"wikipedia": 2}))
     assert np.array_equal(twice.index, again.index) and np.array_equal(twice[7], again[7])
