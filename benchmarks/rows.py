@@ -6,6 +6,7 @@ def faster(number: float) -> Target: return Target("ratio", ">=", number)
 def smaller(number: float) -> Target: return Target("ratio", "<=", number)
 def share(number: float) -> Target: return Target("share", ">=", number)
 def at_most(number: float) -> Target: return Target("value", "<=", number)
+def at_least(number: float) -> Target: return Target("value", ">=", number)
 
 
 STEP, TINY, SCORE = "training step, 130m shape, 1 × 1,024 tokens", "training step, scale tiny, 4 × 1,024 tokens", "scoring without gradients, 130m shape"
@@ -46,6 +47,12 @@ LIST = (
     Row("tokenizing", "documents/s", "texts:tokenizing", (
         Line("tokenizing into a table against encode_batch alone", "ours", "encode_batch", (faster(0.8),)),)),
     Row("minhash", "documents/s", "texts:signatures", (Line("MinHash signatures and their bands", "ours"),)),
+    Row("language", "documents/s", "corpora:languages", (Line("recognizing the language of abstracts, one core", "ours", targets=(at_least(3000),)),)),
+    Row("contamination", "documents/s", "corpora:searched", (Line("searching abstracts for the questions of test sets, one core", "ours", targets=(at_least(2000),)),)),
+    Row("sample", "documents/s", "corpora:written", (
+        Line("writing abstracts of the sample, one core", "abstracts", targets=(at_least(2000),)),
+        Line("writing notes of the sample, one core", "notes", targets=(at_least(200),)))),
+    Row("opening", "s", "corpora:opening", (Line("opening a corpus of a million documents, whose order is already drawn", "ours", targets=(at_most(1),)),)),
     Row("fill", "% of a row", "texts:filling", (
         Line("rows of 1,024 filled with the documents of a step against padded", "packed", "padded", (share(0.97),)),)),
     Row("packing", "documents/s", "texts:packing", (

@@ -43,7 +43,7 @@ def reach(
     "A target in words."
     sign = {">=": "≥", "<=": "≤"}[target.sense]
     if target.kind == "share": return f"{sign} {100 * target.number:g} % of the limit"
-    return f"{sign} {target.number:.3g} ×" if target.kind == "ratio" else f"{sign} {target.number:g} {unit}"
+    return f"{sign} {target.number:.3g} ×" if target.kind == "ratio" else f"{sign} {target.number:,g} {unit}"
 
 
 def verdict(
@@ -90,13 +90,15 @@ def provenance(
     rows: tuple[Row, ...],
 ) -> str:
     "On which machines, when and at which commits the rows were measured, and on what."
-    taken = [results["rows"][row.name] for row in rows if row.name in results["rows"]]
-    machines = dict.fromkeys(machine_line(results["machines"][entry["machine"]]) for entry in taken)
+    taken, machines = [results["rows"][row.name] for row in rows if row.name in results["rows"]], {}
+    for row in rows:
+        if row.name in results["rows"]: machines.setdefault(machine_line(results["machines"][results["rows"][row.name]["machine"]]), []).append(row.name)
+    named = [f"{', '.join(names)}: {line}" for line, names in machines.items()] if len(machines) > 1 else machines
     when = sorted({f"{entry['date']}, commit {(entry['commit'] or 'unknown')[:10]}" + ("+" if (entry["commit"] or "").endswith("+") else "")
                    + (", a smoke run whose numbers mean nothing" if entry["quick"] else "") for entry in taken})
     peaks = {f"{name}: {entry['facts']['peak_tflops']:.2f} TFLOP/s" for name, entry in zip((r.name for r in rows), taken) if "peak_tflops" in entry.get("facts", {})}
     busy = [f"{row.name} ({100 * results['rows'][row.name]['others']:.0f} %)" for row in rows if results["rows"].get(row.name, {}).get("others", 0) > QUIET]
-    return ("Medians, with the smallest and the largest in brackets. " + " | ".join(machines) + ". Measured " + "; ".join(when) + "."
+    return ("Medians, with the smallest and the largest in brackets. " + " | ".join(named) + ". Measured " + "; ".join(when) + "."
             + (f" Matrix-product peak in the row's dtype: {'; '.join(sorted(peaks))}." if peaks else "")
             + (f" Other programs took a share of the CPU during {', '.join(busy)}: measure these again on a quiet machine." if busy else ""))
 
