@@ -63,6 +63,7 @@ def _length_table(self) -> str:
         rows.append([name, len(lengths), int(lengths.sum()), round(float(lengths.mean())), *(int(q) for q in np.quantile(lengths, [0.1, 0.5, 0.9, 0.99])), int(lengths.max()), f"`{_bars(lengths)}`"])
     return markdown_table(["training documents of", "documents", "tokens", "mean length", "10 %", "median", "90 %", "99 %", "longest", f"≤ {UP_TO[0]} … ≤ {UP_TO[-1]:,}, longer"], rows)
 
+# %% ../nbs/04k_building.ipynb #f58560dc
 def _hits(self) -> list[tuple]:  # evaluation set, its document, how they meet, the removed document
     "Every meeting of a document with an evaluation document; a document may meet several."
     met = [row for row in self.removed if row["step"] == "decontamination"]
@@ -142,6 +143,13 @@ def check_destination(
     if there != key: raise UserError(f"{folder} holds another corpus (of other sources, steps, tokenizer or evaluation sets); another folder, or that one removed, is accepted")
 
 # %% ../nbs/04k_building.ipynb #dc627dbc
+def _described(corpus: Corpus) -> Corpus:
+    "Beside a corpus, what it says of itself."
+    write_atomic(corpus.folder / "corpus.json", json.dumps(corpus.manifest, indent=1))
+    write_atomic(corpus.folder / "README.md", f"# Corpus {corpus.fingerprint}\n\n{Report(corpus)._repr_markdown_()}\n")
+    return corpus
+
+# %% ../nbs/04k_building.ipynb #27564442
 def build(
     source: str,                     # a folder with a folder or file for each source of the mixture, or "sample"
     destination: str,                # folder of the corpus
@@ -169,10 +177,7 @@ def build(
     steps, sets = Steps(language if language != "any" else None, jaccard=None if isinstance(jaccard, int | float) and jaccard > 1 else jaccard), evaluation_sets(against) if against else []
     chosen = recipe("tiny", mixture=wanted.shares, long_documents=long_documents, max_tokens=max_tokens, seed=seed, vocabulary=vocabulary)
     made = make_at(apart(destination, source), named_sources(source, list(wanted.shares), as_dict(restricted, "restricted")), steps, tokenizer_at(tokenizer), vocabulary, sets, engine, base)
-    corpus = Corpus(made, chosen, mixture=wanted)
-    write_atomic(made.folder / "corpus.json", json.dumps(corpus.manifest, indent=1))
-    write_atomic(made.folder / "README.md", f"# Corpus {corpus.fingerprint}\n\n{Report(corpus)._repr_markdown_()}\n")
-    return corpus
+    return _described(Corpus(made, chosen, mixture=wanted))
 
 # %% ../nbs/04k_building.ipynb #2c50f658
 def check_place(

@@ -73,6 +73,7 @@ def reasons_of(
     read = [p for p in path.iterdir() if not sources or p.name.split(".")[0] in sources] if path.is_dir() else [path]
     return all_reasons(restricted(path), *(why for p in read for why in (restricted(p), note_reason(p))))
 
+# %% ../nbs/08f_heldout.ipynb #800a2bc2
 def _holds_questions(folder: Path) -> bool:
     "Whether a folder holds nothing but files of evaluation sets, as the sample's `qa`: no source of texts."
     files = [p for p in folder.iterdir() if p.is_file() and format_of(p)]

@@ -67,8 +67,8 @@ def small_as_zero(b: Any) -> Iterator[None]:
     _x86(b, "sse.ldmxcsr", b.bitcast(before, BYTE.as_pointer()))
 
 # %% ../nbs/06_matrix_tiles.ipynb #07a90787
-class Tiles:
-    "Eight tiles within a compiled function. Places and steps from line to line are whole numbers of 64 bits, steps in bytes."
+class _Held:
+    "Where eight tiles are: in the processor, or in memory."
 
     def __init__(
         self,
@@ -82,6 +82,10 @@ class Tiles:
     def _line(self, k: int, row) -> Any: return self.b.gep(self.memory, [WORD(0), WORD(k), self.b.trunc(row, WORD)], inbounds=True)
     def _sums(self, k: int, row) -> Any: return self.b.bitcast(self._line(k, row), SUMS.as_pointer())
     def _at(self, place, step, row) -> Any: return self.b.inttoptr(self.b.add(place, self.b.mul(step, row)), LINE.as_pointer())
+
+# %% ../nbs/06_matrix_tiles.ipynb #e6004834
+class Tiles(_Held):
+    "Eight tiles within a compiled function. Places and steps from line to line are whole numbers of 64 bits, steps in bytes."
 
     def zero(self, k: int) -> None:
         "No number but 0."

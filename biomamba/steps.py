@@ -162,6 +162,7 @@ def uncut(
     copy.no_truncation(); copy.no_padding()
     return copy
 
+# %% ../nbs/04f_steps.ipynb #0702ce39
 def wrap_tokenizer(
     tokenizer,   # tokenizers.Tokenizer
 ):  # transformers.PreTrainedTokenizerFast

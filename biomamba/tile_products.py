@@ -224,6 +224,7 @@ def _barrier() -> int:  # where the threads' meeting stands
 def _aligned(t: Tensor) -> int:  # the first line of the cache in it
     return t.data_ptr() + -t.data_ptr() % 64
 
+# %% ../nbs/06_tile_products.ipynb #6838a2ee
 def _check(left: Operand, right: Operand, y: Tensor) -> None:
     "Compiled code would read on where a side ends, and take any dtype for bf16."
     if left.size(True) != right.size(True) or y.shape != (left.size(False), right.size(False)):
