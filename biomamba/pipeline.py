@@ -135,7 +135,6 @@ class Engine:
         if not isinstance(self.workers, int) or isinstance(self.workers, bool) or self.workers < 1: raise UserError(f"workers={self.workers!r}; a whole number from 1 is accepted")
         if self.executor not in EXECUTORS: raise UserError(f"executor={self.executor!r}{did_you_mean(self.executor, EXECUTORS)}; one of {', '.join(EXECUTORS)} is accepted")
         if self.options: self.check_options()
-        if self.options: self.check_options()
         missing = [name for name in ("time", "partition") if self.executor == "slurm" and name not in self.options]
         if missing: raise UserError(f"executor='slurm' has no {' and no '.join(missing)}; options={{'time': '20:00:00', 'partition': 'cpu'}} is accepted")
 
