@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BYTE', 'LINES', 'LINE', 'SUMS', 'EXACT', 'SMALL', 'native', 'tiles', 'take_tiles', 'give_tiles_back', 'small_as_zero',
-           'Tiles']
+           'Tiles', 'even_and_odd', 'fused']
 
 # %% ../nbs/06_matrix_tiles.ipynb #cd2ca5a8
 import contextlib, functools
@@ -113,18 +113,21 @@ class Tiles(_Held):
         with small_as_zero(self.b), cgutils.for_range(self.b, self.lines[c]) as row: _multiply_line(self, c, a, w, row.index)
 
 # %% ../nbs/06_matrix_tiles.ipynb #f39ddc35
-def _halves(b, pairs) -> list:
-    "The even and the odd numbers of 16 pairs of bf16, as fp32."
+def even_and_odd(b: Any, pairs) -> list:
+    "Of 16 pairs of bf16, as fp32."
     word = lambda n: ir.Constant(LINE, [n] * LINES)
     return [b.bitcast(v, SUMS) for v in (b.shl(pairs, word(16)), b.and_(pairs, word(0xFFFF0000)))]
+
+def fused(b: Any, u, v, total) -> Any:
+    "u v + total of 16 numbers, rounded once."
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(SUMS, [SUMS] * 3), "llvm.fma.v16f32"), [u, v, total])
 
 def _multiply_line(tiles: Tiles, c: int, a: int, w: int, row) -> None:
     "A line of C."
     b, sides = tiles.b, [ir.Constant(SUMS, [0.0] * LINES)] * 2
-    fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(SUMS, [SUMS] * 3), "llvm.fma.v16f32")
     pairs = b.bitcast(tiles._line(a, row), WORD.as_pointer())
     for k in range(LINES):
         pair = b.insert_element(ir.Constant(LINE, ir.Undefined), b.load(b.gep(pairs, [WORD(k)])), WORD(0))
         pair = b.shuffle_vector(pair, pair, ir.Constant(LINE, [0] * LINES))
-        sides = [b.call(fused, [u, v, side]) for u, v, side in zip(_halves(b, pair), _halves(b, b.load(tiles._line(w, I64(k)))), sides)]
+        sides = [fused(b, *values) for values in zip(even_and_odd(b, pair), even_and_odd(b, b.load(tiles._line(w, I64(k)))), sides)]
     b.store(b.fadd(b.load(tiles._sums(c, row)), b.fadd(*sides, flags=EXACT), flags=EXACT), tiles._sums(c, row))

@@ -22,7 +22,7 @@ from numba.core.registry import cpu_target
 from torch import Tensor
 
 from .lanes import features
-from .matrix_tiles import EXACT, Tiles, give_tiles_back, small_as_zero, take_tiles, tiles
+from .matrix_tiles import EXACT, Tiles, even_and_odd, fused, give_tiles_back, small_as_zero, take_tiles, tiles
 from .loops import KEEP, MATH, _openmp, by_loops, in_llvm, inline, of_these_sources
 
 # %% ../nbs/06_products.ipynb #f752b311
@@ -198,11 +198,6 @@ def fetch(address, size):
     "Ask for memory that will be read soon; in compiled code."
     for k in range(0, size, 64): _ask(address + k)
 
-def _halves_of(b, v):
-    "The two bf16 of each 32 bits, as fp32."
-    whole = lambda n: ir.Constant(_LINE, [n] * BLOCK)
-    return [b.bitcast(part, _SUMS) for part in (b.shl(v, whole(16)), b.and_(v, whole(0xFFFF0000)))]
-
 def _everywhere(b, v, times=BLOCK):
     "One number many times."
     none = ir.Constant(ir.VectorType(_F32, times), ir.Undefined)
@@ -212,7 +207,7 @@ def _numbers(b, address, half, wide):
     "16 weights (wide), or one input 16 times, as fp32: a list of one, of bf16 of two."
     v = b.load(_at(b, address, _SUMS if wide else _F32), align=4)
     if not wide: v = _everywhere(b, v)
-    return _halves_of(b, b.bitcast(v, _LINE)) if half else [v]
+    return even_and_odd(b, b.bitcast(v, _LINE)) if half else [v]
 
 # %% ../nbs/06_products.ipynb #45c7f316
 def _intrinsic(build):
@@ -304,12 +299,6 @@ def tile_panel(
         return context.get_dummy_value()
     return _intrinsic(build)
 
-# %% ../nbs/06_products.ipynb #7c0a5e44
-def _fused(b, w, v, total):
-    "w v + total, rounded once."
-    kind = ir.FunctionType(_SUMS, [_SUMS] * 3)
-    return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32"), [w, v, total])
-
 # %% ../nbs/06_products.ipynb #7c0a5e42
 def row_panel(
     streams: int,  # blocks side by side
@@ -327,7 +316,7 @@ def row_panel(
                 for s in range(streams):
                     line = b.add(b.add(weight, b.mul(apart, _I64(s))), b.mul(step, _I64(4 * BLOCK)))
                     _prefetch(b, b.add(line, _I64(AHEAD)))
-                    for w, v, side in zip(_numbers(b, line, True, True), many, sides): b.store(_fused(b, w, v, b.load(side[s])), side[s])
+                    for w, v, side in zip(_numbers(b, line, True, True), many, sides): b.store(fused(b, w, v, b.load(side[s])), side[s])
             for total, even, odd in zip(sums, *sides): b.store(b.fadd(b.load(total), b.fadd(b.load(even), b.load(odd), flags=EXACT), flags=EXACT), total)
         for s, total in enumerate(sums): b.store(b.load(total), _at(b, b.add(y, _I64(64 * s)), _SUMS), align=4)
         return context.get_dummy_value()
