@@ -51,8 +51,8 @@ def prefill(
     cache, dtype, kind = None, _dtype_of(model, dtype), model.device.type
     with torch.autocast(kind, dtype, enabled=dtype != model.dtype), _with_state(model):
         for piece in input_ids.to(model.device).split(chunk, 1):
-            out = model(piece, cache_params=cache, use_cache=True, logits_to_keep=1)
-            cache = out.cache_params
+            out = model(piece, cache=cache, use_cache=True, logits_to_keep=1)
+            cache = out.cache
     return out.logits[:, -1], cache
 
 # %% ../nbs/06d_decoding.ipynb #f6e31542

@@ -155,14 +155,14 @@ def scan(
 class BioMambaMixer(Mamba2Mixer):
     "transformers' mixer with `seq_idx`, our scan on any device, and the same parameters."
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, seq_idx=None, **kwargs):
-        if attention_mask is None and cache_params is None and fits_loops(self, hidden_states): return mix_by_loops(self, hidden_states, seq_idx)
+    def forward(self, hidden_states, cache=None, attention_mask=None, seq_idx=None):
+        if attention_mask is None and cache is None and fits_loops(self, hidden_states): return mix_by_loops(self, hidden_states, seq_idx)
         mask = None if attention_mask is None else attention_mask[:, :, None].to(hidden_states.dtype)
-        state = cache_params.get_recurrent_state(self.layer_idx) if cache_params is not None else None
+        state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
         projected = self.in_proj(hidden_states if mask is None else hidden_states * mask)
         gate, xbc, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
-        xbc = convolve(xbc, self.conv1d, seq_idx, self._window(cache_params, xbc))
-        y = self._mix(xbc if mask is None else xbc * mask.to(xbc.dtype), dt, state, cache_params, seq_idx)
+        xbc = convolve(xbc, self.conv1d, seq_idx, self._window(cache, xbc))
+        y = self._mix(xbc if mask is None else xbc * mask.to(xbc.dtype), dt, state, cache, seq_idx)
         y = normalize(y, gate, self.norm.weight, self.norm.variance_epsilon, self.norm.group_size)
         return self.out_proj(y.to(hidden_states.dtype))
 
@@ -223,7 +223,7 @@ def check_config(
     if len(limits) != 2 or not 0 <= limits[0] <= limits[1]: raise ValueError(f"time_step_limit is {limits}; two numbers in their order are accepted")
     if not config.layer_norm_epsilon >= 0: raise ValueError(f"layer_norm_epsilon is {config.layer_norm_epsilon}; a number from 0 on is accepted")
 
-BACKBONE = ("inputs_embeds", "cache_params", "attention_mask", "output_hidden_states")  # what `forward` passes through
+BACKBONE = ("inputs_embeds", "cache", "attention_mask", "output_hidden_states")  # what `forward` passes through
 BESIDE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # what transformers' collators say beside `seq_idx`, and again
 
 def _shape_of(ids: Tensor | None, embeds: Tensor | None) -> tuple[int, int]:  # rows, T
@@ -268,7 +268,7 @@ class BioMambaForCausalLM(Mamba2ForCausalLM):
         given = {"input_ids": input_ids} if rows is None else {"inputs_embeds": rows}
         out = self.backbone(**kwargs | given, seq_idx=seq_idx, use_cache=False if targets is not None and use_cache is None else use_cache, return_dict=True)
         loss, logits = _head(self, out.last_hidden_state, targets, reduction, items, logits_to_keep, rows, owed)
-        found = Mamba2CausalLMOutput(loss=loss, logits=logits, cache_params=out.cache_params, hidden_states=out.hidden_states)
+        found = Mamba2CausalLMOutput(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
         return found.to_tuple() if return_dict is False else found
 
     def save_pretrained(self, folder, **kwargs): _save_plain(self, folder, **kwargs)

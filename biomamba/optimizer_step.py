@@ -49,7 +49,7 @@ def loss_of(
     "The loss of one micro-batch."
     if carried is None: return model(input_ids=batch.input_ids, seq_idx=batch.seq_idx, targets=batch.targets, reduction="sum").loss
     if batch.carried: carried.first(len(batch.input_ids))
-    return model(input_ids=batch.input_ids, targets=batch.targets, reduction="sum", cache_params=carried).loss
+    return model(input_ids=batch.input_ids, targets=batch.targets, reduction="sum", cache=carried).loss
 
 # %% ../nbs/09d_optimizer_step.ipynb #7096af9e
 def accumulate(

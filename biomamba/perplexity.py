@@ -64,7 +64,7 @@ def autocast(
 # %% ../nbs/08b_perplexity.ipynb #ae25a74b
 @torch.no_grad()
 def piecewise_losses(
-    model: torch.nn.Module,   # takes cache_params and use_cache, in evaluation mode
+    model: torch.nn.Module,   # takes cache and use_cache, in evaluation mode
     sequence: np.ndarray,     # (tokens + 1,) from `scored_sequence`
     piece: int,               # tokens of one forward pass
     precision: str = "fp32",  # "bf16" or "fp32"
@@ -74,8 +74,8 @@ def piecewise_losses(
     ids, aims = (torch.from_numpy(part.copy())[None] for part in inputs_and_targets(sequence))
     for start in range(0, len(sequence) - 1, piece):
         x, y = (part[:, start : start + piece].to(device) for part in (ids, aims))
-        with autocast(precision, device): out = model(input_ids=x, targets=y, reduction="none", cache_params=cache, use_cache=True)
-        cache = out.cache_params
+        with autocast(precision, device): out = model(input_ids=x, targets=y, reduction="none", cache=cache, use_cache=True)
+        cache = out.cache
         losses.append(out.loss[0].double().cpu().numpy())
     return np.concatenate(losses) if losses else np.zeros(0)
 

@@ -73,8 +73,8 @@ def test_prefill_in_pieces_equals_the_whole(chunk):
     logits, cache = prefill(model, ids, chunk)
     torch.testing.assert_close(logits, whole.logits[:, -1], rtol=0, atol=1e-5)
     for layer in range(2):
-        torch.testing.assert_close(cache.get_recurrent_state(layer), whole.cache_params.get_recurrent_state(layer), rtol=0, atol=1e-5)
-        torch.testing.assert_close(cache.get_conv_state(layer), whole.cache_params.get_conv_state(layer), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cache.get_recurrent_state(layer), whole.cache.get_recurrent_state(layer), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cache.get_conv_state(layer), whole.cache.get_conv_state(layer), rtol=0, atol=1e-5)
 
 
 MEMORY = """

@@ -1,13 +1,16 @@
 "The model: parity with transformers, documents kept apart, the loss, generation."
 import copy
+import inspect
 import logging
 import types
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from biomamba import mamba2
 from biomamba.mamba2 import BioMambaForCausalLM, GatedNorm, head_loss, mamba2_config, new_model
@@ -121,7 +124,7 @@ def test_what_would_be_dropped_without_a_word_is_refused():
     expected = model(ids).logits
     for more in (dict(output_attentions=None), dict(output_attentions=False), dict(seq_idx=one, position_ids=ids, cu_seq_lens_q=ids, max_length_q=9)):
         torch.testing.assert_close(model(ids, **more).logits, expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="window and seq_idx"): model(ids[:, :3], cache_params=model(ids, use_cache=True).cache_params, seq_idx=one[:, :3])
+    with pytest.raises(ValueError, match="window and seq_idx"): model(ids[:, :3], cache=model(ids, use_cache=True).cache, seq_idx=one[:, :3])
 
 
 def test_a_penalty_on_the_gradient_is_refused():
@@ -231,10 +234,22 @@ def test_any_pieces_equal_the_whole(pieces):
     with torch.no_grad():
         whole, cache, parts = model(ids).logits, None, []
         for piece in ids.split(pieces, 1):
-            out = model(piece, cache_params=cache, use_cache=True)
-            cache = out.cache_params
+            out = model(piece, cache=cache, use_cache=True)
+            cache = out.cache
             parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
+
+
+def test_what_transformers_hands_to_a_mixer_is_taken_or_refused():
+    "It renamed `cache_params` to `cache` once: a mixer that took any other name began every piece of a text from nothing."
+    named = lambda f: {n for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    assert named(Mamba2Mixer.forward) <= named(mamba2.BioMambaMixer.forward)
+    model, ids = small(), text()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(ids[:, 40:], cache=model(ids[:, :40], use_cache=True).cache, use_cache=True)
+        with pytest.raises(TypeError, match="cache_params"): model.backbone.layers[0].mixer(torch.zeros(1, 3, 64), cache_params=None)
+        with pytest.raises(TypeError, match="takes no cache_params"): model(ids, cache_params=model(ids, use_cache=True).cache)
 
 
 def test_generate_equals_transformers_and_the_argmax_of_full_forwards():
