@@ -122,7 +122,7 @@ def test_no_target_in_the_prompt_of_any_open_note(shaped):
         assert item.context == "".join(item.note[a:b] for a, b in item.source)
 
 
-FORMS = ["{}:", "{}", "{} :", "  {}:", "# {}", "**{}**", "= {} =", "3. {}:", "{} (by problem):", "{} - see below"]
+FORMS = ["{}:", "{}", "IV. {}:", "\u200b{}\u2003:", "{} :", "  {}:", "# {}", "**{}**", "= {} =", "3. {}:", "{} (by problem):", "{} - see below"]
 
 
 @pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("Assessment", "Plan")])
