@@ -85,6 +85,8 @@ class NoteSet:
     @property
     def name(self) -> str: return fingerprint([[(note.id, digest(note.text).hex()) for note in self.notes[side]] for side in SIDES])
 
+    def __repr__(self) -> str: return f"NoteSet({', '.join(f'{len(notes):,} {side}' for side, notes in self.notes.items())})"     # an executed notebook keeps it, and ids may name somebody
+
     def _repr_markdown_(self) -> str:
         rows = [f"| {side} | {len({n.meta['subject_id'] for n in notes}):,} | {len(notes):,} |" for side, notes in self.notes.items()]
         left = "; ".join(f"{why} {n:,}" for why, n in self.counts.items())
