@@ -24,7 +24,7 @@ from .guards import MIMIC, discreet
 from .records import Document, ReadReport
 from .runs import UserError, fingerprint
 from .sample import sample_notes
-from .sections import DISCHARGE, Section, header_marks, in_template, parse_sections
+from .sections import DISCHARGE, Section, header_marks, in_template, is_piece, parse_sections
 
 # %% ../nbs/30b_clinical.ipynb #ea1bffc7
 def synthetic_notes(
@@ -84,6 +84,8 @@ class NoteSet:
 
     @property
     def name(self) -> str: return fingerprint([[(note.id, digest(note.text).hex()) for note in self.notes[side]] for side in SIDES])
+
+    def __repr__(self) -> str: return f"NoteSet({', '.join(f'{len(notes):,} {side}' for side, notes in self.notes.items())})"     # an executed notebook keeps it, and ids may name somebody
 
     def _repr_markdown_(self) -> str:
         rows = [f"| {side} | {len({n.meta['subject_id'] for n in notes}):,} | {len(notes):,} |" for side, notes in self.notes.items()]
@@ -284,8 +286,9 @@ def admission_and_discharge(
 def course_hidden(
     text: str,  # of a note
 ) -> bool:
-    "Has the template's note results and no header of a hospital course, nor of an assessment? Then the results may hold it."
-    names = {section.name for section in parse_sections(text)}
+    "Has the template's note results and no header of a whole hospital course, nor of an assessment? Then the results may hold it."
+    written = [(section.name, " ".join(text[slice(*section.header)].lower().split())) for section in parse_sections(text)]
+    names = {name for name, header in written if not (is_piece(header) and header.endswith("issues"))}
     return "Pertinent Results" in names and not names & {"Brief Hospital Course", "Assessment and Plan"} and in_template(header_marks(text))
 
 def discharge_item(

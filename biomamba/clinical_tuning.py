@@ -85,8 +85,8 @@ class ClinicalRun:
     run: Run
     base: Path
     adapted: Path
-    items: dict[str, list[Item]]   # of the test side, by task
-    tokenizer: object
+    items: dict[str, list[Item]] = field(repr=False)   # of the test side, by task
+    tokenizer: object = field(repr=False)
     reason: str | None = None      # of the restriction, of the notes or of a model
 
 # %% ../nbs/30e_clinical_tuning.ipynb #96d0cc26

@@ -449,5 +449,7 @@ def read_mimic(
     named = [file for file in files if DISCHARGE.search(file)]
     if len(named) > 1: raise UserError(f"{path} holds more than one file of notes, {named[0]} and {named[1]}; a folder with one of them, or the file itself, is accepted")
     if named: files = {files[named[0]].name: files[named[0]]}
+    unread = [name for name, file in all_files(path).items() if name not in files and has_notes(file)] if path.is_dir() and not named else []
+    if unread: raise UserError(f"{path} holds notes in {unread[0]}, which would go unread beside {next(iter(files))}; a folder without it, or the file itself, is accepted")
     check_request(files, max_bad, after)
     return read_items([(name, note_items(file, restricted)) for name, file in files.items()], path.name, report, max_bad, after)

@@ -178,7 +178,10 @@ def brier(
     classes: tuple[str, ...],   # in the order of the probabilities
 ) -> Metric:
     "Brier score of probabilities, in [0, 1]."
-    def item(gold, given): return float(sum((p - (gold == c)) ** 2 for c, p in zip(classes, given, strict=True)) + (gold not in classes)) / 2
+    def item(gold, given):
+        wrong = next((p for p in given if not 0 <= p <= 1), None)
+        if wrong is not None: raise UserError(f"the Brier score was asked for a probability of {wrong:g}; numbers from 0 to 1 are accepted")
+        return float(sum((p - (gold == c)) ** 2 for c, p in zip(classes, given, strict=True)) + (gold not in classes)) / 2
     return Metric("Brier", "lower", item, np.mean)
 
 # %% ../nbs/20_metrics.ipynb #029bd478

@@ -28,11 +28,13 @@ TASK_NAMES = {"completion": "completion", "discharge": "discharge"}
 def in_percent(
     found: dict | None,   # of `plain`: estimate, ci95, patients
     signed: bool = False,
-) -> str:  # "8.1 [7.6, 8.5]"
+) -> str:  # "8.10 [7.60, 8.50]"; " from 17" behind it where so few patients were drawn
     "A share in percent with its interval."
     if found is None: return "–"
     numbers = [f"{100 * v:{'+' if signed else ''}.2f}".replace("-", "−") for v in (found["estimate"], *found["ci95"])]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]{_few(found)}"
+
+def _few(found: dict) -> str: return f" from {found['patients']}" if found["patients"] < 30 else ""     # as an Interval says it
 
 # %% ../nbs/40g_note_tables.ipynb #9aae9ec9
 def paper_score(
@@ -60,7 +62,9 @@ def table_4(
     for name, tasks in results["stages"].items():
         cells = [in_percent(tasks[task][reference][f"ROUGE-{kind} {part}"]) for task, kind in columns]
         rows.append((name, *(cell if (p := beside(name, *column)) is None else f"{cell}; paper {p:.2f}" for cell, column in zip(cells, columns))))
-    notes = ", ".join(f"{next(iter(results['stages'].values()))[task]['notes']} notes for {task}" for task in TASK_NAMES)
+    first = next(iter(results["stages"].values()))
+    patients = {task: (first[task][reference][f"ROUGE-1 {part}"] or {"patients": 1})["patients"] for task in TASK_NAMES}
+    notes = ", ".join(f"{first[task]['notes']} notes of {patients[task]} patients for {task}" for task in TASK_NAMES)
     against = "the whole reference" if reference == "whole reference" else "the first 128 tokens of the reference"
     caption = f"ROUGE {part} in percent against {against}; scale {results['scale']}, {notes}; greedy, 128 new tokens; 95 % intervals by bootstrap over patients. {said_beside(results['beside'])}"
     return Grid(("model", *(f"{task} R-{kind}" for task, kind in columns)), tuple(rows), caption)
@@ -78,7 +82,9 @@ def difference_table(
         over = f"[{signed(seeds.low)}, {signed(seeds.high)}]" if seeds else "–"
         return f"{d['second']} − {d['first']}", d["task"], d["measure"], in_percent(d["difference"], True), over, ", ".join(map(signed, d["by_seed"])) or "–"
     rows = [row(d) for d in differences if d["measure"] in measures and d["reference"] == reference]
-    caption = f"Against the {reference}; paired by note. 95 % intervals: of the difference by bootstrap over patients, the seeds as they are; over seeds by Student's t."
+    patients = sorted({d["difference"]["patients"] for d in differences if d["difference"]} or {1})
+    who = " to ".join(f"{n:,}" for n in dict.fromkeys((patients[0], patients[-1])))
+    caption = f"Against the {reference}; paired by note. 95 % intervals: of the difference by bootstrap over {who} patients, the seeds as they are; over seeds by Student's t."
     return Grid(("stages", "task", "measure", "difference, points", "over seeds", "seed by seed"), tuple(rows), caption)
 
 # %% ../nbs/40g_note_tables.ipynb #c0a3368a
@@ -93,7 +99,7 @@ def content_table(
     measures = list(next(iter(stages.values()))[task]["content"])
     def cell(measure, found):
         if found is None: return "–"
-        return f"{found['estimate']:.1f} [{found['ci95'][0]:.1f}, {found['ci95'][1]:.1f}]" if measure in _COUNTS else in_percent(found)
+        return f"{found['estimate']:.1f} [{found['ci95'][0]:.1f}, {found['ci95'][1]:.1f}]{_few(found)}" if measure in _COUNTS else in_percent(found)
     rows = [(f"{measure} (per note)" if measure in _COUNTS else f"{measure}, %", *(cell(measure, tasks[task]["content"][measure]) for tasks in stages.values())) for measure in measures]
     return Grid((task, *stages), tuple(rows), "– : nothing to count in more than one patient. 95 % intervals by bootstrap over patients; lexicon and patterns in 30c_content.")
 

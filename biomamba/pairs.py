@@ -14,7 +14,7 @@ from pathlib import Path
 from .cards import write_card
 from .checkpoints import find_checkpoint, load_tokenizer
 from .contamination import kind_of
-from .documents import existing
+from .documents import existing, is_text
 from .guards import discreet
 from .qa import BEFORE, parts_of, qa_example, write_settings
 from .questions import YES_NO, YES_NO_MAYBE, Question, hold_out, read_bioasq_set, read_pubmedqa_set
@@ -41,7 +41,7 @@ def pair_of(
 ) -> Pair:
     "A line as a pair."
     wanted = ("prompt", "answer") if "prompt" in line else ("question", "context", "answer")
-    bad = next((key for key in wanted if not isinstance(line.get(key), str) or not line[key].strip()), None)
+    bad = next((key for key in wanted if not is_text(line.get(key))), None)
     if bad: raise UserError(f"{where} has no {bad}; an object with prompt and answer, or with question, context and answer, each a text, is accepted")
     asked = "prompt" not in line
     parts = (BEFORE, *parts_of(Question("", line["question"], line["context"], "", ""))) if asked else ("", line["prompt"], "")
@@ -54,11 +54,11 @@ def read_pairs(
 ) -> list[Pair]:
     "The pairs of a file."
     pairs = []
-    for n, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):  # a text may hold other ends of a line
+    for n, text in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):  # a text may hold other ends of a line
         if not text.strip(): continue
-        try: line = json.loads(text)
+        try: line = json.loads(text.decode())
         except ValueError: line = None
-        if not isinstance(line, dict): raise UserError(f"{path.name}, line {n}, is no JSON object; one object a line is accepted")
+        if not isinstance(line, dict): raise UserError(f"{path.name}, line {n}, is no JSON object in UTF-8; one object a line is accepted")
         pairs.append(pair_of(line, f"{path.name}:{n}"))
     first = {pair.id: k for k, pair in reversed([*enumerate(pairs)])}
     again = next((k for k, pair in enumerate(pairs) if first[pair.id] < k), None)

@@ -11,7 +11,7 @@ __all__ = ['FORM', 'DIGITS', 'Canary', 'lines_of_form', 'make_canaries', 'plant'
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -131,10 +131,10 @@ def exposures(
 # %% ../nbs/33_privacy.ipynb #a9cde24d
 @dataclass(frozen=True)
 class Passage:
-    "A place in a note: what is shown, and what follows."
+    "A place in a note: what is shown, and what follows. Its token ids spell the note, and do not show."
     patient: str
-    prefix: tuple[int, ...]         # token ids
-    continuation: tuple[int, ...]
+    prefix: tuple[int, ...] = field(repr=False)         # token ids
+    continuation: tuple[int, ...] = field(repr=False)
 
 def passages(
     notes: Sequence[np.ndarray],   # token ids of each

@@ -173,7 +173,10 @@ def read_settings(
 ) -> dict | None:   # classes, max_tokens; None: it was not fine-tuned on questions here
     "How a model wants to be asked."
     path = folder / "qa.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists(): return None
+    how = json.loads(path.read_text())
+    if (how["before"], how["after"]) != (BEFORE, AFTER): raise UserError(f"{folder} was fine-tuned on another prompt than this version's; the version that made it, or a model fine-tuned with this one, is accepted")
+    return how
 
 # %% ../nbs/21b_qa.ipynb #80968aca
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class QuestionSet:
         if len(self.named) < 100: self.named.append(f"{what}: {why}")
 
     def __len__(self) -> int: return len(self.questions)
+    def __repr__(self) -> str: return f"QuestionSet({self.name!r}, {len(self):,} questions)"
 
     def _repr_markdown_(self) -> str:
         answers = ", ".join(f"{n:,} {a}" for a, n in Counter(q.answer for q in self.questions).most_common())

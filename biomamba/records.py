@@ -166,7 +166,7 @@ def lines(
 # %% ../nbs/02a_records.ipynb #68172c53
 TEXTS = (("text",), ("title", "abstract"), ("title", "content"), ("content",), ("contents",), ("abstract",), ("note",))
 IDS = ("pmid", "pubmed_id", "pubid", "note_id", "id", "_id", "url")  # no title: many letters to the editor have the same one
-FACTS = ("title", "url", "timestamp", "year", "journal", "language")  # columns that travel in `meta`
+FACTS = ("title", "url", "timestamp", "year", "journal", "language", "subject_id")  # columns that travel in `meta`; the last keeps a patient in one part
 
 # %% ../nbs/02a_records.ipynb #e190624a
 @lru_cache(maxsize=4096)

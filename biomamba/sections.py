@@ -99,9 +99,11 @@ class Mark:
 
 def _alternatives(column: int) -> str:
     found = [f"(?P<{'ab'[column]}{i}>{spelling[column]})" for i, spelling in enumerate(PARTS.values()) if spelling[column]]
-    return "|".join(found).replace(" ", r"[ \t\xa0]+")
+    return "|".join(found).replace(" ", f"[{_BLANKS}]+")
 
-_OPENER, _CLOSER = r"[ \t\xa0#*=_>•~-]*(?:\d{1,2}[.)][ \t]*)?", r"[ \t\xa0*_]*(?:\([^()\n]{1,40}\)[ \t]*)?(?:[:：][ \t\xa0*_]*|[ \t]+[-–—=]+(?=[ \t]|$)|[ \t\xa0*_=~.;-]*$)"
+_BLANKS, _UNSEEN = r" \t\xa0\u2000-\u200a\u202f\u3000", r"\xad\u200b-\u200d\ufeff"
+_OPENER = rf"[{_BLANKS}{_UNSEEN}#*=_>•~-]*(?:(?:\d{{1,2}}|[IVX]{{1,4}}|[A-Z])[.)][{_BLANKS}]*)?"
+_CLOSER = rf"[{_BLANKS}{_UNSEEN}*_]*(?:\([^()\n]{{1,40}}\)[{_BLANKS}]*)?(?:[:：][{_BLANKS}*_]*|[{_BLANKS}]+[-–—=]+(?=[{_BLANKS}]|$)|[{_BLANKS}*_=~.;-]*$)"
 _KNOWN = re.compile(f"{_OPENER}(?P<name>{_alternatives(0)}|{_alternatives(1)}){_CLOSER}", re.IGNORECASE)
 _ORGANS = re.compile(r"(?:general(?: appearance)?|constitutional|heent|head|eyes?|ears?|nose|mouth|throat|neck|chest|breasts?|lungs?|pulmonary|respiratory|heart|cardiac|cardiovascular|abdomen|abdominal|gastrointestinal|back|spine|genitalia|genitourinary|pelvi[cs]|rectal|extremit(?:y|ies)|musculoskeletal|skin|integumentary|vascular|lymphatics?|neuro(?:logic(?:al)?)?|psych(?:iatric)?|endocrine|hematologic)", re.IGNORECASE)
 _OTHER = re.compile(rf"(?P<name>[A-Z][A-Z0-9 /&#'()-]{{2,60}}?)[ \t]*(?::|$)")

@@ -109,9 +109,10 @@ def test_prompts_do_not_stand_on_both_sides(tmp_path):
 @pytest.mark.parametrize("content, says", [
     ('{"prompt": "a"}\n{"prompt": "b", "answer": "c"}', "pairs.jsonl:1 has no answer"), ('[1]\n', "line 1, is no JSON object"), ('{"prompt": "a", "answer": "b"}', "1 pairs; at least 2"),
     ('{"question": "a", "answer": "b"}\n', "has no context"), ('{"id": 1, "prompt": "a", "answer": "b"}\n{"id": 1, "prompt": "c", "answer": "d"}', "pairs 1 and 2 of"), ("", "0 pairs"),
+    ('{"prompt": "na\\ud800", "answer": "b"}\n', "has no prompt"), (b'{"prompt": "na\xefve", "answer": "b"}\n', "line 1, is no JSON object in UTF-8"),
     ('{"prompt": 3, "answer": "b"}\n', "has no prompt"), ('{"prompt": "a", "answer": " "}\n', "has no answer")])
 def test_a_bad_file_is_one_sentence(tmp_path, base, content, says):
-    (tmp_path / "pairs.jsonl").write_text(content)
+    (tmp_path / "pairs.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=says) as caught: sft(str(base), str(tmp_path / "pairs.jsonl"), run_dir=str(tmp_path / "run"))
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 

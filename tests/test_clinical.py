@@ -122,7 +122,7 @@ def test_no_target_in_the_prompt_of_any_open_note(shaped):
         assert item.context == "".join(item.note[a:b] for a, b in item.source)
 
 
-FORMS = ["{}:", "{}", "{} :", "  {}:", "# {}", "**{}**", "= {} =", "3. {}:", "{} (by problem):", "{} - see below"]
+FORMS = ["{}:", "{}", "IV. {}:", "\u200b{}\u2003:", "{} :", "  {}:", "# {}", "**{}**", "= {} =", "3. {}:", "{} (by problem):", "{} - see below"]
 
 
 @pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("Assessment", "Plan")])
@@ -266,6 +266,8 @@ def test_an_error_while_writing_is_an_error(items, tmp_path):
 def test_nothing_shows_a_text_by_itself(items):
     from biomamba.note_tables import Case
     shown = [items[0], replace(items[0], note=MARKER * 99, source=((0, 9),), target=((9, 18),)), Answer("1", MARKER, 1, "eos"), Case("1", "discharge", MARKER, {"base": (MARKER, {})})]
+    chosen = NoteSet({"train": [Document("Ann Other", MARKER, "x", {})], "validation": [], "test": []})
+    assert repr(chosen) == "NoteSet(1 train, 0 validation, 0 test)"      # an executed notebook keeps it beside its table
     assert items[0].context[:30] not in repr(shown) and MARKER not in repr(shown) and "9 characters shown, 9 asked for" in repr(shown)
 
 

@@ -72,6 +72,10 @@ def test_sheets_of_notes_under_another_name_are_refused_with_what_is_accepted(tm
     assert note_reason(tmp_path / "notes")
     (tmp_path / "notes" / "more.jsonl").write_text('{"text": "open"}\n')
     assert named_sources(tmp_path, ["notes"])["notes"].restricted, "notes stand beside it"
+    write_notes(tmp_path / "ward 7", "jsonl", rows)
+    (tmp_path / "notes" / "ward.csv").rename(tmp_path / "ward 7" / "ward.csv")
+    with pytest.raises(UserError, match="notes in ward.csv, which would go unread beside "): read_mimic(tmp_path / "ward 7")
+    assert len(list(read_mimic(tmp_path / "ward 7" / "ward.csv"))) == 3
 
 
 # ---------------------------------------------------------------- a refused run leaves a folder as it was

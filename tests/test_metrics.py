@@ -229,6 +229,8 @@ def test_rouge_is_stemmed_and_empty_texts_count():
     (lambda: reliability([float("nan"), 0.5], [1, 0]), r"confidence\[0\] is nan"),
     (lambda: reliability([0.5, 1.2], [1, 0]), r"confidence\[1\] is 1.2; a number from 0 to 1"),
     (lambda: reliability([0.5, 0.6], [1]), "equal length"),
+    (lambda: measure(brier(YES_NO), ["yes"], [[float("nan")] * 2]), "a probability of nan"),
+    (lambda: measure(brier(YES_NO), ["yes"], [[-0.2, -1.8]]), "a probability of -0.2; numbers from 0 to 1"),
     (lambda: calibration_error([], []), "confidence holds 0 values; at least 1"),
     (lambda: risk_coverage([0.5, float("nan")], [1, 0]), r"confidence\[1\] is nan"),
 ])

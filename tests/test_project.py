@@ -258,6 +258,14 @@ def test_a_workflow_is_whole_and_makes_what_can_be_made(path):
     assert "secrets." not in path.read_text(encoding="utf-8")
 
 
+def test_the_front_page_says_what_the_question_run_says():
+    [line] = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "22_qa_runs" in line]
+    stored = nbformat.writes(NOTEBOOKS[ROOT / "nbs" / "22_qa_runs.ipynb"])
+    rows = [re.search(rf"\| {name} \| ([^|\n]*\[[^|\n]*\]) \| [^|\[\n]*(\[[^|\n]*\]) \|", stored).groups() for name in ("BioASQ", "PubMedQA, as published")]
+    found = re.findall(r"(?:-?[\d.]+ (?:points )?)?\[-?[\d.]+, -?[\d.]+\]", line.replace("−", "-"))
+    assert [one.replace("points ", "") for one in found] == [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
+
+
 def test_publishing_is_trusted_and_ships_what_was_built():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))["jobs"]
     assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == "build"

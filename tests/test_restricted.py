@@ -91,13 +91,16 @@ def made(texts, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return place, done
 
 
-def test_a_corpus_keeps_the_notes_of_a_patient_in_one_part(tmp_path, monkeypatch):
+@pytest.mark.parametrize("columns", ["MIMIC's", "their own"])
+def test_a_corpus_keeps_the_notes_of_a_patient_in_one_part(columns, tmp_path, monkeypatch):
     "By the hash of each note two thirds of the test notes were of patients who were trained on."
     monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "discharge.csv.gz").write_bytes(gzip.compress(as_csv(list(sample_notes(300))).encode()))
+    rows = list(sample_notes(300))
+    if columns == "MIMIC's": (tmp_path / "notes" / "discharge.csv.gz").write_bytes(gzip.compress(as_csv(rows).encode()))
+    else: (tmp_path / "notes" / "ward.jsonl").write_text("".join(json.dumps({"id": row["note_id"], "subject_id": row["subject_id"], "text": row["text"]}) + "\n" for row in rows))
     notes = named_sources(tmp_path, ["notes"])
-    patient = {d.id: d.meta["subject_id"] for d in notes["notes"].read(tmp_path)}
+    patient = {row["note_id"]: row["subject_id"] for row in rows}
     tokenizer = wrap_tokenizer(train_tokenizer((d.text for d in sample_documents("c4", 50)), 400))
     built = open_collection(notes, recipe("tiny", mixture={"notes": 1.0}), tokenizer=tokenizer)
     apart = {part: [patient[id] for id in built.documents(part, "notes").ids] for part in ("train", "validation", "test")}
