@@ -24,7 +24,8 @@ WITHIN = re.compile(r"(\[[^\[\]]*)\[(`[^`]+`)\]\(https?://[^)\s]+\)(?=[^\[\]]*\]
 FENCED = re.compile(r"(^ {0,3}(```+|~~~+).*?^ {0,3}\2[ \t]*$)", re.M | re.S)
 TEX = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 KATEX = re.compile(r"<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?")
-CELL, INSEPARABLE = re.compile(r"<t[dh][^>]*>[^<]*</t[dh]>"), re.compile(r"\[[^\[\]]{3,24}\]|[−+\d.]+ %|[\d.]+ → [\d.]+|\b(?:R|real|sample)-[\dL]\b")
+CELL, INSEPARABLE = re.compile(r"<t[dh][^>]*>[^<]*</t[dh]>"), re.compile(r"\[[^\[\]]{3,24}\]|[−+\d.]+ %|[\d.]+ → [\d.]+|\b(?:R|real|sample)-[\dL]\b|-p \w+")
+WORDS = re.compile(r'(<td style="text-align: ?)right(?=;?">(?:[^<]*?[a-z]{3,}\b){4})')  # a cell of a column of figures that holds a sentence or a command
 # smalldocs writes MathML below; Quarto does so itself, by a key that smalldocs does not read.
 KNOWN_WARNINGS = {"format.html.html-math-method is ignored"}
 
@@ -186,9 +187,10 @@ def gather() -> None:
 # ---------------------------------------------------------------- rendering
 
 def finished(page: str) -> str:
-    "A page with its formulas as MathML, which browsers show without a script from elsewhere, and with what must not be parted in one piece."
+    "A page with its formulas as MathML, which browsers show without a script from elsewhere, with figures in one piece and words from the left."
     from latex2mathml.converter import convert
     page = TEX.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "display" else "inline"), KATEX.sub("", page))
+    page = WORDS.sub(r"\1left", page)
     return CELL.sub(lambda m: INSEPARABLE.sub(r'<span class="whole">\g<0></span>', m[0]), page)
 
 
