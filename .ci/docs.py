@@ -20,10 +20,12 @@ STAGE, SITE = ROOT / "_proc", ROOT / "_docs"
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # of the root, and what they are called on the site
 TITLE = re.compile(r"\A# (.*)\n\n> (.*)\n")  # of a guide
 SYMBOL = re.compile(r"\[(`[^`]+`)\]\((https?://[^)\s]+)\)")  # a name that nbdev has linked
+WITHIN = re.compile(r"(\[[^\[\]]*)\[(`[^`]+`)\]\(https?://[^)\s]+\)(?=[^\[\]]*\]\()")  # and one in the text of a link, which Markdown does not allow
 FENCED = re.compile(r"(^ {0,3}(```+|~~~+).*?^ {0,3}\2[ \t]*$)", re.M | re.S)
 TEX = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 KATEX = re.compile(r"<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?")
-CELL, INSEPARABLE = re.compile(r"<td[^>]*>[^<]*</td>"), re.compile(r"\[[^\[\]]{3,24}\]|[−+\d.]+ %|[\d.]+ → [\d.]+")
+CELL, INSEPARABLE = re.compile(r"<t[dh][^>]*>[^<]*</t[dh]>"), re.compile(r"\[[^\[\]]{3,24}\]|[−+\d.]+ %|[\d.]+ → [\d.]+|\b(?:R|real|sample)-[\dL]\b|-p \w+")
+WORDS = re.compile(r'(<td style="text-align: ?)right(?=;?">(?:[^<]*?[a-z]{3,}\b){4})')  # a cell of a column of figures that holds a sentence or a command
 # smalldocs writes MathML below; Quarto does so itself, by a key that smalldocs does not read.
 KNOWN_WARNINGS = {"format.html.html-math-method is ignored"}
 
@@ -51,7 +53,7 @@ def meant(name: str, target: str, source: str) -> bool:
 
 
 def relinked(text: str, source: str, symbols: dict[str, str]) -> str:
-    "Markdown of a file of the repository with the links that it has on the site; code is left alone."
+    "Markdown of a file of the repository with the links that it has on the site; code has none."
     page = on_site(source)
 
     def symbol(match: re.Match) -> str:
@@ -68,8 +70,11 @@ def relinked(text: str, source: str, symbols: dict[str, str]) -> str:
         if not path.startswith("http"): path = posixpath.relpath(path, posixpath.dirname(page) or ".")
         return prefix + path + hash_ + fragment
 
+    def plain(match: re.Match) -> str: return match[1] if match[2].lower() in symbols else match[0]
+
     pieces = FENCED.split(text)  # text, a fenced block, its fence, text, …
-    return "".join(LINK.sub(link, SYMBOL.sub(symbol, piece)) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
+    return "".join(LINK.sub(link, SYMBOL.sub(symbol, WITHIN.sub(r"\1\2", piece))) if i % 3 == 0 else SYMBOL.sub(plain, piece)
+                   for i, piece in enumerate(pieces) if i % 3 != 2)
 
 
 def symbol_links(index: dict[str, str]) -> dict[str, str]:
@@ -116,7 +121,7 @@ def notebooks(symbols: dict[str, str]) -> None:
             cell["source"] = relinked(text, f"nbs/{path.name}", symbols) if cell["cell_type"] == "markdown" else text
             for output in cell.get("outputs", []):
                 shown = output.get("data", {}).get("text/markdown")
-                if shown: output["data"]["text/markdown"] = relinked("".join(shown), f"nbs/{path.name}", symbols)
+                if shown: output["data"]["text/markdown"] = relinked("".join(shown).replace("__main__.", ""), f"nbs/{path.name}", symbols)
         path.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
 
 
@@ -127,7 +132,7 @@ def findings() -> str:
     for verdict, heading in ((False, "What does not hold"), (None, "What cannot be decided")):
         some = [f for f in found if f.holds is verdict]
         parts.append(f"### {heading}\n\n{len(some)} of {len(found)} statements.\n")
-        parts += [f"- **{f.claim}** ({f.where}). {f.computation} *{f.consequence}*" for f in some]
+        parts += [f"- **{f.claim}** ({f.where}). {f.computation}." + (f" *{f.consequence}.*" if f.consequence else "") for f in some]
         parts.append("")
     return "\n".join(parts)
 
@@ -159,7 +164,7 @@ def pages(symbols: dict[str, str]) -> None:
     lookup = NbdevLookup()
     for path in [ROOT / name for name in PAGES] + sorted((ROOT / "nbs" / "guides").glob("*.md")):
         text, source = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
-        text = TITLE.sub(lambda m: f"---\ntitle: {json.dumps(m[1])}\ndescription: {json.dumps(m[2])}\ncode-overflow: wrap\n---\n", text)
+        text = TITLE.sub(lambda m: f"---\ntitle: {json.dumps(m[1])}\ndescription: {json.dumps(m[2])}\n---\n", text)
         for mark, make in COMPUTED.items():
             if mark in text: text = text.replace(mark, make())
         target = STAGE / on_site(source)
@@ -182,10 +187,11 @@ def gather() -> None:
 # ---------------------------------------------------------------- rendering
 
 def finished(page: str) -> str:
-    "A page with its formulas as MathML, which browsers show without a script from elsewhere, and with intervals in one piece."
+    "A page with its formulas as MathML, which browsers show without a script from elsewhere, with figures in one piece and words from the left."
     from latex2mathml.converter import convert
     page = TEX.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "display" else "inline"), KATEX.sub("", page))
-    return CELL.sub(lambda m: INSEPARABLE.sub(lambda part: part[0].replace(" ", "\u00a0"), m[0]), page)
+    page = WORDS.sub(r"\1left", page)
+    return CELL.sub(lambda m: INSEPARABLE.sub(r'<span class="whole">\g<0></span>', m[0]), page)
 
 
 def render_smalldocs() -> list[str]:

@@ -27,7 +27,9 @@ def all_of(
     "The same number in every lane."
     return ir.Constant(side_by_side(kind, n), value if n == 1 else [value] * n)
 
-def count(v: Any) -> int: return v.type.count if isinstance(v.type, ir.VectorType) else 1
+def count(v: Any) -> int:
+    "How many numbers stand side by side."
+    return v.type.count if isinstance(v.type, ir.VectorType) else 1
 
 # %% ../nbs/06_lanes.ipynb #371a9e67
 class Lanes:

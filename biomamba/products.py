@@ -74,9 +74,11 @@ class Shared:
     "Code for all threads, compiled when it is first asked for; it gets a pointer to its record."
 
     def __init__(self, function: Callable, names: str, reals: str):
-        self.function = function
+        self.function, self.__name__, self.__doc__ = function, function.__name__, function.__doc__
         self.names = {*names.split(), *reals.split()}
         self.record = np.dtype([(name, i64) for name in ("next", *names.split())] + [(name, np.float64) for name in reals.split()])
+
+    def __repr__(self) -> str: return f"{self.__name__}({', '.join(self.record.names or ())})"
 
     @functools.cached_property
     def compiled(self) -> Any:

@@ -3,6 +3,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -116,6 +117,18 @@ def dead(page: str, link: str) -> bool:
 def test_every_link_leads_somewhere(pages):
     found = {page: bad for page in pages if (bad := sorted({link for link in links(page) if dead(page, link)}))}
     assert not found, json.dumps(found, indent=1)[:6000]
+
+
+def test_no_page_shows_markup_or_an_address_in_memory(pages):
+    found = {}
+    for page in pages:
+        [main] = lxml.html.fromstring((SITE / page).read_bytes()).xpath("//main")
+        said = [text for code in main.xpath(".//code") if (text := code.text_content()) and "](https://biomamba" in text]
+        said += main.xpath(".//*[self::h1 or self::h2 or self::h3][contains(., ' at 0x')]/text()")
+        for code in main.xpath(".//pre | .//code[not(ancestor::pre)] | .//math | .//style | .//script"): code.drop_tree()
+        said += re.findall(r".{0,40}\]\(.{0,40}|Call self as a function", main.text_content())
+        if said: found[page] = said
+    assert not found, json.dumps(found, indent=1, ensure_ascii=False)[:6000]
 
 
 def test_every_page_is_reached_from_the_front_page(pages):
