@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest tests --strict-markers --color=auto -ra -n 2 --dist loadfile
 
 .NOTPARALLEL:
-.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-slow soak bench gpu-check outputs export readme results docs test-docs dist test-package ruff lint clean
+.PHONY: help setup oracles cpt test gate test-notebooks test-fast test-newest test-slow soak bench gpu-check outputs export readme results docs test-docs dist test-package ruff lint clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf 'make %-16s%s\n' "$$name" "$$text"; done
@@ -50,6 +50,11 @@ oracles: setup ## add upstream's kernels and the trackers, which only the tests 
 
 test-fast: oracles ## pytest, without the slow tests
 	$(PYTEST) -m "not slow"
+
+test-newest: ## pytest, without the slow tests, with the newest of all that settings.ini asks for, in an environment of its own
+	"$(PYTHON)" -m venv _proc/newest
+	_proc/newest/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+	$(subst $(PY),_proc/newest/bin/python,$(PYTEST)) -m "not slow"
 
 test-slow: oracles ## pytest, the slow tests
 	$(PYTEST) -m slow
