@@ -149,10 +149,9 @@ def _grams(self,
     first = np.searchsorted(self.hashes, hashes)
     known = np.flatnonzero(self.hashes[np.minimum(first, len(self.hashes) - 1)] == hashes) if len(self.hashes) else ()
     shared = defaultdict(set)
-    for place in known:
-        gram = numbers[place:place + self.n]
+    for gram, place in {numbers[p:p + self.n].tobytes(): p for p in known}.items():
         for k in range(first[place], np.searchsorted(self.hashes, hashes[place], side="right")):
-            if np.array_equal(self.text[self.places[k]:self.places[k] + self.n], gram): shared[int(self.owners[k])].add(gram.tobytes())
+            if self.text[self.places[k]:self.places[k] + self.n].tobytes() == gram: shared[int(self.owners[k])].add(gram)
     return {i: len(grams) for i, grams in shared.items()}
 
 ContaminationIndex._grams = _grams
