@@ -342,6 +342,14 @@ def test_a_broken_record_costs_one_record(tmp_path):
         assert report.corrupt >= 1, damage
 
 
+def test_thousands_of_records_without_an_end_cost_themselves_alone(tmp_path):
+    lost = "".join(article(i).replace("</PubmedArticle>", "") for i in range(1, 1_200))
+    (tmp_path / "a.xml").write_bytes(xml_set(article(5_000), lost, article(5_001)))
+    report = ReadReport()
+    assert [d.id for d in read_documents(tmp_path, "pubmed", report=report, max_bad=1)] == ["5000", "5001"]
+    assert report.corrupt == 1_199 and report.present == 1_201
+
+
 def test_a_delete_without_its_end_swallows_nothing(tmp_path):
     path = write(tmp_path / "a.xml", xml_set(article(1), delete(9).removesuffix("</DeleteCitation>"), article(2), delete(8), article(3)))
     found, report = read(path, max_bad=1)
