@@ -11,6 +11,7 @@ from biomamba.contamination import ContaminationIndex, EvaluationSet, evaluation
 from biomamba.corpus import Corpus
 from biomamba.language import foreign
 from biomamba.recipe import recipe
+from biomamba.runs import fingerprint
 from biomamba.sample import sample_documents, sample_notes
 from biomamba.storage import describe_files, save_table, write_stream
 
@@ -55,7 +56,8 @@ def bare_collection(
     write_stream(folder / "all.arrow", tables())
     save_table(folder / "train" / "pubmed", [folder / "all.arrow"])
     (folder / "all.arrow").unlink()
-    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "fingerprint": f"{n} documents", "files": describe_files(folder), "sources": {}}))
+    about = {"format": FORMAT, "documents": n, "sources": {}}
+    (folder / "manifest.json").write_text(json.dumps(about | {"fingerprint": fingerprint(about), "files": describe_files(folder)}))
     return folder
 
 

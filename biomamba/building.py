@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .collection import Collection, build_collection, collection_key, open_collection
+from .collection import Collection, build_collection, collection_key, open_collection, read_manifest
 from .contamination import EvaluationSet, evaluation_sets
 from .corpus import Corpus, Mixture, check_unit, decontamination_note, markdown_table
 from .pipeline import Engine, check_workers
@@ -139,8 +139,7 @@ def check_destination(
     "Refuse a folder that holds something else."
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return
     if not (folder / "manifest.json").is_file(): raise UserError(f"{folder} holds something that is no corpus; a new or an empty folder is accepted")
-    there = json.loads((folder / "manifest.json").read_text()).get("key")
-    if there != key: raise UserError(f"{folder} holds another corpus (of other sources, steps, tokenizer or evaluation sets); another folder, or that one removed, is accepted")
+    if read_manifest(folder)["key"] != key: raise UserError(f"{folder} holds another corpus (of other sources, steps, tokenizer or evaluation sets); another folder, or that one removed, is accepted")
 
 # %% ../nbs/04k_building.ipynb #dc627dbc
 def _described(corpus: Corpus) -> Corpus:

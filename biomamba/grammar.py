@@ -94,7 +94,7 @@ _TOKEN = re.compile(r"\{[^{}]*\}|[\[\]|]|[^\[\]{}|]+")
 def _sequence(
     tokens: list,  # what is left of the alternative, backwards; used up
     rules: dict,  # rule name -> its alternatives
-) -> tuple:  # the parts, backwards
+):  # the parts, backwards in a tuple; one alone as it is
     "The parts up to the next `|` or `]`."
     parts = []
     while tokens and tokens[-1] not in "|]":
@@ -107,7 +107,7 @@ def _sequence(
             parts.append(choice)
         else:
             parts.append(_slot(token[1:-1], rules) if token[0] == "{" else token)
-    return tuple(reversed(parts))
+    return parts[0] if len(parts) == 1 else tuple(reversed(parts)) or ""
 
 # %% ../nbs/03c_grammar.ipynb #fe9e33e4
 def parse(
@@ -135,17 +135,16 @@ def _fill(
     stack, out, used = [part], [], set()
     while stack:
         part = stack.pop()
-        kind = part.__class__
-        while kind is list:
+        while part.__class__ is list:
             part = part[int(uniform() * len(part))]
-            kind = part.__class__
+        kind = part.__class__
         if kind is str:
             out.append(part)
+        elif kind is Fact:
+            if (known := facts[part]).__class__ is str: used.add(known)
+            (out if known.__class__ is str else stack).append(known)
         elif kind is tuple:
             stack.extend(part)
-        elif kind is Fact:
-            stack.append(facts[part])
-            if facts[part].__class__ is str: used.add(facts[part])
         elif kind is Terms:
             at = int(uniform() * len(part))
             while part[at] in used and at > -len(part): at -= 1
@@ -159,7 +158,7 @@ def _fill(
 _ARTICLE = re.compile(r"\b([Aa])~ (?=([\w-]*))")
 _VOWEL = re.compile(r"(?![Uu](?:ni(?![mn])|s[eu]|ti|r[ai]n)|[Ee]u|[Oo]nce|[Oo]ne|U[A-Z])[aeiouAEIOU]|8|1[18]\b|hour|honest|heir|[FHLMNRSX](?:[A-Z]|-|\d|\b)")
 _CAPITAL = re.compile(r"\^(\w)")
-_GAPS = re.compile(r"(?<=\s) +| +(?=[.,;?!\n])|^ +")
+_GAPS = re.compile(r" (?:(?<=\s ) *|(?<=^ ) *| *(?=[.,;?!\n]))")  # each begins with a blank, which is looked for first
 
 
 def resolve_marks(

@@ -8,7 +8,7 @@ __all__ = ['LARGEST', 'AHEAD', 'RECORDS', 'SETS', 'START', 'BETWEEN', 'KNOWN', '
            'take_comment', 'take_junk', 'take_record', 'with_namespaces', 'in_utf8', 'text_of', 'flatten', 'raised',
            'local', 'formula', 'grouped', 'parse', 'section', 'title_of', 'year_of', 'facts_of', 'document_of',
            'citation', 'identity', 'Revisions', 'number_of', 'find_revisions', 'note_piece', 'deleted', 'swallowed',
-           'record_items', 'medline_items', 'is_set']
+           'record_items', 'inner_pieces', 'medline_items', 'is_set']
 
 # %% ../nbs/02b_medline.ipynb #b753457b
 import codecs, io, re
@@ -423,19 +423,27 @@ def record_items(
     outdated: Callable[[int, int], str],  # PMID and version → why the record does not count
 ) -> Iterator[Document | Skip]:
     "The document of a record, and of each record that it swallowed."
-    rest = b""
-    if not kind: yield Skip("text between records")
-    elif kind.startswith("Delete"):
-        if rest := swallowed(kind, piece): yield Skip("a damaged DeleteCitation")
-    else:
-        number = number_of(piece)
-        why = outdated(*number) if number[0] else ""
-        root = Skip(why, corrupt=False) if why else parse(piece)
-        yield root if isinstance(root, Skip) else document_of(root, source, number)
-        if isinstance(root, Skip): rest = swallowed(kind, piece)
-    try:
-        for inner in pieces_of([rest]) if rest else (): yield from record_items(*inner, source, outdated)
-    except BrokenFile: yield Skip("a record without an end")
+    waiting = [(kind, piece)]     # the next one last
+    while waiting:
+        (kind, piece), rest = waiting.pop(), b""
+        if not kind: yield Skip("text between records")
+        elif kind == "endless": yield Skip("a record without an end")
+        elif kind.startswith("Delete"):
+            if rest := swallowed(kind, piece): yield Skip("a damaged DeleteCitation")
+        else:
+            number = number_of(piece)
+            why = outdated(*number) if number[0] else ""
+            root = Skip(why, corrupt=False) if why else parse(piece)
+            yield root if isinstance(root, Skip) else document_of(root, source, number)
+            if isinstance(root, Skip): rest = swallowed(kind, piece)
+        waiting += [*inner_pieces(rest)][::-1]
+
+def inner_pieces(
+    rest: bytes,  # from a start tag on; may be empty
+) -> Iterator[tuple[str, bytes]]:  # as of `pieces_of`; the kind of one without an end is "endless"
+    "The records within a piece."
+    try: yield from pieces_of([rest] if rest else ())
+    except BrokenFile: yield "endless", b""
 
 # %% ../nbs/02b_medline.ipynb #5f583d47
 def medline_items(

@@ -105,9 +105,10 @@ def unzip(
     "The decompressed pieces of a gzip file of one or more members; the sums are checked."
     member, fed = None, b""
     while fed := fed or raw.read(1 << 16):
+        if member and member.eof and not (fed := fed.lstrip(b"\0")): continue     # a file may be filled up with zeros
         if member is None or member.eof: member = isal_zlib.decompressobj(wbits=31)  # 31: gzip's own header and trailer
         piece = member.decompress(fed, MIB)
-        fed = member.unused_data.lstrip(b"\0") if member.eof else member.unconsumed_tail
+        fed = member.unused_data if member.eof else member.unconsumed_tail
         if piece: yield piece
     if member is None or not member.eof: raise EOFError("it has no end")
 
@@ -267,7 +268,8 @@ def parquet_items(
     try:
         with pyarrow.parquet.ParquetFile(path, thrift_string_size_limit=LONGEST, thrift_container_size_limit=MIB) as file:
             wanted = {*columns, *sum(TEXTS, ()), *IDS, *FACTS}
-            names = [name for name in file.schema_arrow.names if name in wanted or name.lower() in wanted]
+            dates = {field.name for field in file.schema_arrow if pyarrow.types.is_temporal(field.type)} - {*columns}   # no text, and Python has not all of them
+            names = [name for name in file.schema_arrow.names if name not in dates and (name in wanted or name.lower() in wanted)]
             missing = [repr(name) for name in columns if name not in names] or ["with text"] * (not names)
             if missing: raise BrokenFile(f"has no column {missing[0]}, only {', '.join(file.schema_arrow.names[:10])}")
             batches = file.iter_batches(1000, columns=names)
@@ -337,12 +339,14 @@ def all_files(
 ) -> dict[str, Path]:  # relative name → file, sorted
     "Every file that is not hidden."
     def refuse(error): raise unreadable(error.filename, error) from None
-    def leads_back(link): return link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve())
+    def leads_back(link): return link.is_symlink() and any(above.resolve().is_relative_to(link.resolve()) for above in link.parents)
     if path.is_file(): return {path.name: path}
     found = []
     for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(Path(folder, name))]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
+    odd = next((ascii(str(p)) for p in found if not is_unicode(str(p))), None)
+    if odd: raise UserError(f"{odd} has a name that is no UTF-8; a file of another name is accepted")
     try: return {name: path / name for name in sorted(p.relative_to(path).as_posix() for p in found if p.is_file() or not p.exists())}
     except OSError as error: raise unreadable(error.filename, error) from None
 

@@ -7,7 +7,7 @@ __all__ = ['TOGETHER', 'Work', 'open_shard', 'Keep', 'filters', 'exact_task', 'n
            'rows_of', 'contamination_index', 'uncontaminated', 'survivors', 'tokenize_task', 'noted']
 
 # %% ../nbs/04h_stages.ipynb #f8bacb19
-import dataclasses, functools, hashlib, json, os
+import dataclasses, functools, hashlib, json, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -212,7 +212,7 @@ def uncontaminated(
     "A document that meets no evaluation set."
     hits = contamination_index(path, words).find(document)
     if not hits: return document
-    met = "\n".join("\t".join((hit.set_name, hit.evaluation_id, hit.how)) for hit in hits)
+    met = "\n".join("\t".join(re.sub(r"[\t\n]", " ", part) for part in (hit.set_name, hit.evaluation_id, hit.how)) for hit in hits)
     return Removed(f"in {hits[0].set_name} by {hits[0].how}", met, hits[0].shared)
 
 # %% ../nbs/04h_stages.ipynb #c5f0ee28

@@ -1,5 +1,5 @@
 """Contamination: what is in an evaluation set is found, by id and by words, and nothing else is; real files give real counts."""
-import dataclasses, gzip, json, os, pickle, random, sys, unicodedata
+import dataclasses, gzip, json, os, pickle, random, sys, time, unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -47,6 +47,13 @@ def test_n_grams_are_those_of_the_oracle_whatever_collides(monkeypatch, base):
         assert {hit.evaluation_id for hit in hits if hit.how == "whole text"} == short
         assert len(hits) == len(set(hits)) and not [hit for hit in hits if hit.how == "id"]
     check()
+
+
+def test_a_word_without_end_costs_no_more_than_others():
+    index = ContaminationIndex([EvaluationSet("s", [Document("e", "no " * 20_000, "qa")])])
+    began = time.process_time()
+    assert [hit.shared for hit in index.find(Document("d", "no " * 20_000, "c4"))] == [1]
+    assert time.process_time() - began < 10      # each place beside each other one would take an hour
 
 
 def test_the_order_of_hits_is_that_of_the_sets():

@@ -1,4 +1,5 @@
 "Corpora on real text, at size, and after meddling."
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -115,6 +116,17 @@ def test_a_near_copy_goes_for_a_document_that_stays(tmp_path, tokenizer):
     assert whole.removed("c4").to_pylist() == cut.removed("c4").to_pylist()
 
 
+def test_names_with_blanks_and_tabs_are_told_apart(tmp_path, tokenizer):
+    pages = list(sample_documents("pubmed", 40))
+    named = [Document(d.id, d.text, "my notes") for d in pages] + [Document("a copy", pages[3].text, "my notes")]
+    exam = EvaluationSet("exam", [Document("q\t1\nx", pages[7].text, "exam")])
+    made = make(tmp_path, {"my notes": source("my notes", named)}, tokenizer, against=[exam])
+    removed = {row["id"]: (row["step"], row["like"]) for row in made.removed("my notes").to_pylist()}
+    assert removed["a copy"] == ("exact duplicates", f"my notes {pages[3].id}") and removed[pages[7].id] == ("decontamination", "exam\tq 1 x\t13-gram")
+    report = Report(Corpus(made, recipe("tiny", mixture={"my notes": 1.0})))
+    assert ("exam", "q 1 x", "13-gram", f"my notes {pages[7].id}") in report.hits and f"| exam | 1 | {len(removed) - 1} | 0 |" in report.contamination_table
+
+
 def test_documents_stand_in_the_order_in_which_they_were_read(tmp_path, tokenizer):
     "Ids, tokens and lengths, over several shards and batches; of the held-out parts in the order of their places."
     documents = list(sample_documents("pubmed", 1_300))
@@ -224,6 +236,20 @@ def test_a_corpus_that_is_not_its_manifests_is_refused(meddle, message, tmp_path
     meddle(made.folder)
     with pytest.raises(UserError, match=message):
         Collection(made.folder)
+
+
+def test_a_bit_of_a_manifest_is_found(tmp_path, tokenizer):
+    made = make(tmp_path, {"pubmed": sample_source("pubmed", 30)}, tokenizer)
+    path, left = made.folder / "manifest.json", made.folder / "manifest.json.whole"
+    content, said = path.read_bytes(), {key: value for key, value in made.manifest.items() if key not in ("key", "code")}
+    path.rename(left)
+    for at in range(0, len(content), 37):
+        for bit in (1, 4, 7):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+            with contextlib.suppress(UserError):
+                found = Collection(made.folder)
+                found.verify()
+                assert {key: value for key, value in found.manifest.items() if key not in ("key", "code")} == said
 
 
 def test_a_change_that_hides_its_time_is_found_by_verify(tmp_path, tokenizer):

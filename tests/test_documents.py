@@ -166,6 +166,12 @@ def test_an_unreadable_file_is_named(tmp_path):
     assert "a.jsonl cannot be read" in refusal(lambda: read_documents(tmp_path, "s"))
 
 
+def test_a_name_that_is_no_unicode_is_one_sentence(tmp_path):
+    try: write(tmp_path / os.fsdecode(b"\xff.jsonl"), '{"text": "x"}')
+    except OSError: pytest.skip("this file system has no such names")
+    for call in (file_hashes, lambda folder: read_documents(folder, "s")): assert "'\\udcff.jsonl'" in refusal(lambda: call(tmp_path)).replace(f"{tmp_path}/", "")
+
+
 @contextlib.contextmanager
 def without_rights(folder):
     "As a user who is not root; the folder is one that such a user may enter."
@@ -197,6 +203,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     write(tmp_path / "else/x.jsonl", '{"text": "x"}')
     write(tmp_path / "texts/sub/y.jsonl", '{"text": "y"}')
     for link, target in (("texts/sub/here", "../../texts"), ("texts/other", "../else"), ("texts/self", "."), ("texts/z.jsonl", "../else/x.jsonl")): (tmp_path / link).symlink_to(target)
+    assert list(file_hashes(tmp_path / "texts")) == ["other/x.jsonl", "sub/y.jsonl", "z.jsonl"]
+    (tmp_path / "else/back").symlink_to("../texts")          # a circle of two folders
     assert list(file_hashes(tmp_path / "texts")) == ["other/x.jsonl", "sub/y.jsonl", "z.jsonl"]
     (tmp_path / "texts/gone.jsonl").symlink_to("nowhere")
     assert "gone.jsonl cannot be read" in refusal(lambda: read_documents(tmp_path / "texts", "s")) and "gone.jsonl" in refusal(lambda: file_hashes(tmp_path / "texts"))
@@ -334,6 +342,14 @@ def test_a_broken_record_costs_one_record(tmp_path):
         assert report.corrupt >= 1, damage
 
 
+def test_thousands_of_records_without_an_end_cost_themselves_alone(tmp_path):
+    lost = "".join(article(i).replace("</PubmedArticle>", "") for i in range(1, 1_200))
+    (tmp_path / "a.xml").write_bytes(xml_set(article(5_000), lost, article(5_001)))
+    report = ReadReport()
+    assert [d.id for d in read_documents(tmp_path, "pubmed", report=report, max_bad=1)] == ["5000", "5001"]
+    assert report.corrupt == 1_199 and report.present == 1_201
+
+
 def test_a_delete_without_its_end_swallows_nothing(tmp_path):
     path = write(tmp_path / "a.xml", xml_set(article(1), delete(9).removesuffix("</DeleteCitation>"), article(2), delete(8), article(3)))
     found, report = read(path, max_bad=1)
@@ -415,6 +431,20 @@ def test_a_decompression_bomb_costs_no_memory(tmp_path, pack):
     path = write(tmp_path / ("a.jsonl" + (".gz" if pack is gzip.compress else ".zst")), pack(bytes(1 << 29)))
     code = f"from biomamba.documents import read_documents\ntry: list(read_documents({str(path)!r}, 's'))\nexcept ValueError as e: assert '64 MiB' in str(e)"
     assert peak_of(code) < 320
+
+
+@pytest.mark.parametrize("zeros", [1, 1 << 16, 3 << 16])
+def test_zeros_behind_a_gzip_file_mean_nothing(tmp_path, zeros):
+    line = b'{"text": "x"}\n'
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(line) + bytes(zeros) + gzip.compress(line) + bytes(zeros))
+    assert [d.text for d in read_documents(path, "s")] == ["x"] * 2
+    assert "damaged" in refusal(lambda: read_documents(write(path, gzip.compress(line) + bytes(zeros) + b"rest"), "s"))
+
+
+def test_dates_beyond_pythons_cost_no_text(tmp_path):
+    columns = {"text": ["a", "b"], "timestamp": pa.array([1 << 62, 2], pa.timestamp("us")), "year": pa.array([1 << 30, 2], pa.date32())}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert [(d.text, d.meta) for d in read_documents(tmp_path, "s")] == [("a", {}), ("b", {})]
 
 
 # Public datasets, in local files of exactly their layout
