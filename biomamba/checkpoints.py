@@ -11,7 +11,7 @@ __all__ = ['logger', 'SSM_DEFAULTS', 'SSM_NAMES', 'SSM_FIXED', 'FILES', 'TOKENIZ
            'load_tokenizer', 'save_model', 'probe_logits', 'stock_logits', 'check_parity', 'parity']
 
 # %% ../nbs/06c_checkpoints.ipynb #baadaf56
-import contextlib, json, logging, os, pickle, zipfile
+import contextlib, json, logging, os, pickle, re, zipfile
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -445,6 +445,15 @@ def load_tokenizer(
     return tokenizer
 
 # %% ../nbs/06c_checkpoints.ipynb #e5920990
+@contextlib.contextmanager
+def _as_python_says(folder: Path):
+    "What libraries in Rust say of a disk, as an `OSError`."
+    try: yield
+    except Exception as error:      # tokenizers knows no narrower one
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None: raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
+
 def save_model(
     model: BioMambaForCausalLM,
     folder: str | os.PathLike,           # replaced if it is there
@@ -458,7 +467,7 @@ def save_model(
     model.generation_config = generation_config(model.config)
     reason = all_reasons(getattr(model.config, "restricted", None), restricted(resolve(folder).parent))
     if reason: model.config.restricted = reason
-    with folder_atomic(resolve(folder)) as inside:
+    with folder_atomic(resolve(folder)) as inside, _as_python_says(resolve(folder)):
         model.save_pretrained(inside)
         tokenizer.save_pretrained(inside)
         if reason: write_atomic(inside / "README.md", f"# A restricted model\n{sensitive_section(reason)}")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'GAIN', 'GENERAL', 'GOAL', 'FORMS', 'STEEPEST', 'STARTS', 'LEAST', 'table_mixtures', 'mixtures_asked',
-           'mean_loss', 'goal_asked', 'Law', 'fit_law', 'leave_one_out', 'rms', 'MixtureLaw', 'fit_mixture_law',
-           'grid_inside', 'propose', 'interpolated', 'dial_asked', 'figures_of', 'law_figures', 'prediction_figures']
+           'mean_loss', 'goal_asked', 'Law', 'fit_law', 'general_shares', 'leave_one_out', 'rms', 'MixtureLaw',
+           'fit_mixture_law', 'grid_inside', 'propose', 'interpolated', 'dial_asked', 'figures_of', 'law_figures',
+           'prediction_figures']
 
 # %% ../nbs/11a_mixing.ipynb #cdaac4fe
 import itertools, math
@@ -137,14 +138,21 @@ def fit_law(
 # %% ../nbs/11a_mixing.ipynb #7b5f1086
 LEAST = 6   # configurations below which nothing is left to check a law of four constants
 
+def general_shares(
+    mixtures: dict[str, dict[str, float]],  # configuration → source → share
+) -> np.ndarray:  # (n, 2) shares of C4 and Wikipedia
+    "What a law is a function of; raises `UserError` where the configurations say too little for one."
+    x = np.array([[shares[source] for source in SOURCES[1:]] for shares in mixtures.values()])
+    if len(x) < LEAST: raise UserError(f"{len(x)} configurations were asked for and the mixture law takes at least {LEAST}; more rows of Table 9 in `configurations` are accepted")
+    if np.linalg.matrix_rank(x - x.mean(0)) < x.shape[1]: raise UserError("the configurations differ in one direction only, and the mixture law has two; rows that vary C4 and Wikipedia are accepted")
+    return x
+
 def leave_one_out(
     form: str,
     x: np.ndarray,   # (n, 2)
     y: np.ndarray,   # (n,)
 ) -> np.ndarray:  # (n,) loss − prediction, nats per token
     "The error at each configuration of the law that was fitted to the others."
-    if len(x) < LEAST: raise UserError(f"{len(x)} configurations were run and the mixture law takes at least {LEAST}; more rows of Table 9 in `configurations` are accepted")
-    if np.linalg.matrix_rank(x - x.mean(0)) < x.shape[1]: raise UserError("the configurations differ in one direction only, and the mixture law has two; rows that vary C4 and Wikipedia are accepted")
     starts = [fit_law(form, x, y).t] if form == "exponential" else STARTS
     others = [np.arange(len(x)) != i for i in range(len(x))]
     return np.array([y[i] - fit_law(form, x[kept], y[kept], starts)(x[i : i + 1])[0] for i, kept in enumerate(others)])
@@ -179,7 +187,7 @@ def fit_mixture_law(
     form: str = "exponential",
 ) -> MixtureLaw:
     "The laws of all sources from what was measured."
-    x = np.array([[mixtures[name][source] for source in SOURCES[1:]] for name in losses])
+    x = general_shares({name: mixtures[name] for name in losses})
     y = {source: np.array([found[source] for found in losses.values()]) for source in SOURCES}
     return MixtureLaw({s: fit_law(form, x, v) for s, v in y.items()}, {s: leave_one_out(form, x, v) for s, v in y.items()}, x)
 
@@ -228,7 +236,7 @@ def dial_asked(
     "The points of the line that are read."
     try: asked = sorted({0.0, 1.0, *map(float, points.split() if isinstance(points, str) else points)})
     except (TypeError, ValueError): raise UserError(f"dial={points!r}; numbers from 0 to 1 are accepted, such as '0.25 0.5 0.75'") from None
-    if asked[0] < 0 or asked[-1] > 1: raise UserError(f"dial={points!r}; numbers from 0 to 1 are accepted, such as '0.25 0.5 0.75'")
+    if not all(0 <= point <= 1 for point in asked): raise UserError(f"dial={points!r}; numbers from 0 to 1 are accepted, such as '0.25 0.5 0.75'")
     return asked
 
 # %% ../nbs/11a_mixing.ipynb #82ab5fd9

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from .checkpoints import load_model, load_tokenizer, save_model
-from .checkpointing import COUNTERS, MOMENTS, State, checkpoint_path, checkpoint_steps, flaw, newest_sound, restore, save_checkpoint
+from .checkpointing import COUNTERS, MOMENTS, State, checkpoint_path, checkpoint_steps, counters_of, flaw, newest_sound, restore, save_checkpoint
 from .checkpointing import set_aside, telling_of_the_disk, tensors_of, what_stands
 from .corpus import Collection, Corpus, with_ends
 from .guards import refuse_trackers, sensitive_section
@@ -30,15 +30,16 @@ from .perplexity import Scores, change, perplexity, score
 from .plan import HARDWARE, cpu_peak, fitting_batch, training_flops
 from .processes import PARENT, SIGNALS, Stop, check_trackers, end_with_parent, gathered, launch, shard, start_accelerator, start_trackers, total
 from .recipe import base_recipe, deciding, ema_decay, machine_settings, progress, steps_of
-from .runs import Recipe, Run, UserError, cache_dir, check_processes, code_version, environment, fingerprint, inherit_mark, made_once, restricted, write_atomic
-from .optimizer_step import MOST_NON_FINITE, accumulate, check_finite, take_step, validation_losses
+from .runs import Recipe, Run, UserError, cache_dir, check_processes, code_version, environment, fingerprint, inherit_mark, made_once, read_object, restricted, write_atomic
+from .optimizer_step import MOST_NON_FINITE, accumulate, check_finite, take_step, validation_losses, wordless_names
 
 # %% ../nbs/09e_training.ipynb #63c8a617
 def tidy(
-    checkpoints: Path,  # folder of a run
+    folder: Path,         # of a run's checkpoints, or of a run
+    name: str = "step-*", # of what is written there as a whole
 ) -> None:
     "Remove what a kill left half-written; put back what it left aside between two renames."
-    for left in checkpoints.glob(".step-*"):
+    for left in folder.glob(f".{name}.*"):
         whole = left.with_name(left.name.split(".")[1])
         if (left / "old").is_dir() and not whole.exists(): os.replace(left / "old", whole)
         shutil.rmtree(left)
@@ -51,10 +52,10 @@ def resume(
     "Take up the newest sound checkpoint of a run folder, if there is one."
     found = -1
     if accelerator.is_main_process:
-        tidy(run / "checkpoints")
+        tidy(run / "checkpoints"); tidy(run.folder, "model")
         step = newest_sound(run)
         found = -1 if step is None else step
-        run.rewind(found)
+        run.rewind(found, None if step is None else counters_of(run, step)["validated"])
     found = int(total(accelerator, found if accelerator.is_main_process else 0)[0])
     if found >= 0: restore(state, run, found)
     accelerator.wait_for_everyone()
@@ -86,7 +87,8 @@ def evaluate_and_save(
 ) -> dict:  # validation losses
     "Validate the averaged weights, remember the best, write the checkpoint."
     with state.average.applied(state.model), gathered(state.model): losses = validation_losses(state.model, corpus, recipe, accelerator)
-    if not math.isfinite(losses["selection"]): raise UserError(f"the validation loss at step {state.step} is {losses['selection']}; a lower learning_rate is accepted")
+    odd = next((name for name, loss in losses.items() if not math.isfinite(loss)), None)
+    if odd: raise UserError(f"the validation loss at step {state.step} is {losses[odd]} ({odd}); {'a lower learning_rate' if state.step else 'another base model'}, or precision='fp32', is accepted")
     better = not state.best or losses["selection"] < state.best["loss"]["selection"]
     if better: state.best = {"step": state.step, "loss": losses}
     state.validated, state.worse = state.step, 0 if better else state.worse + 1
@@ -177,6 +179,7 @@ def train(
             if state.step in due and state.validated != state.step: evaluate_and_save(state, corpus, recipe, run, accelerator)
             if ended(): return state
             line = take_step(state, model, corpus, recipe, accelerator)
+            if "documents" in line and restricted(run.folder): line["documents"] = wordless_names(line["documents"])
             fast = speed(state, recipe, peak)
             if main: run.log(**line)
             track(accelerator, state.step, line | fast)
@@ -252,11 +255,11 @@ def work(
     check_corpus(run, corpus)
     recipe = with_device_batch(recipe, accelerator)
     state = prepare_state(recipe, model_folder, steps_of(recipe, len(corpus)), accelerator)
-    resume(state, run, accelerator)
-    if recipe.trackers: start_trackers(accelerator, run.folder)
-    with telling_of_the_disk(run): train(state, corpus, recipe, run, accelerator)
-    if recipe.trackers: accelerator.end_training()
     with telling_of_the_disk(run):
+        resume(state, run, accelerator)
+        if recipe.trackers: start_trackers(accelerator, run.folder)
+        train(state, corpus, recipe, run, accelerator)
+        if recipe.trackers: accelerator.end_training()
         if accelerator.is_main_process: export_best(state, run, model_folder, corpus, recipe)
     accelerator.wait_for_everyone()
 
@@ -328,14 +331,14 @@ def pretrain(
 ) -> dict:  # training.json: steps, documents, tokens, best_step, best_validation_loss, seconds, tokens_per_second
     "Train the run to its end, from where it stands; one that has ended returns what it found."
     done, settings = run / "training.json", machine_settings(corpus.recipe)
-    with run.lock():
+    with telling_of_the_disk(run), run.lock():
         inherit_mark(run.folder, model_folder, corpus.folder)
         if not done.exists():
             with held(run):
                 write_atomic(run / "manifest.json", json.dumps(corpus.manifest, indent=1))
                 if processes == 1: work(run, model_folder, corpus.folder, corpus.part, settings, opener)
             if processes > 1: work_together(run, [str(run.folder), str(model_folder), str(corpus.folder), corpus.part, json.dumps(settings)], processes, module)
-    return json.loads(done.read_text())
+    return read_object(done)
 
 # %% ../nbs/09e_training.ipynb #0cb66352
 def work_together(

@@ -2,8 +2,10 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -299,3 +301,32 @@ def test_pairs_are_learned_and_results_are_printed(tmp_path):
     shown = biomamba("results", "--runs", tmp_path / "found", "--table", "12", "--format", "markdown", "--out", tmp_path / "out")
     assert shown.returncode == 0 and "| 780M | best validation loss | 1.7991 |" in shown.stdout, shown.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tables.md", "tables.html", "tables.tex"}
+
+
+# ---------------------------------------------------------------- stopped
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+folder = Path({folder!r})
+(folder / "began").touch()
+try: time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(6)      # a step that takes longer than Jupyter waits
+    (folder / "saved").touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_the_kernel_save(tmp_path, number):
+    import nbformat
+    book = tmp_path / "book.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STOPPED.format(folder=str(tmp_path)))]), book)
+    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; from biomamba import cli; "
+            f"cli.notebook = lambda name: Path({str(book)!r}); cli.VERBS['cpt'] = lambda parameters: cli.run_notebook('book', {{}}, Path({str(tmp_path)!r})); sys.exit(cli.main(['cpt']))")
+    running = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "began").exists() and time.monotonic() < deadline: time.sleep(0.05)
+    running.send_signal(number)
+    said = running.communicate(timeout=90)[1]
+    assert running.returncode == 130 and "biomamba: interrupted" in said and (tmp_path / "saved").exists()

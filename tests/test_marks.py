@@ -159,6 +159,24 @@ def test_a_restriction_is_compared_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match="holds thesis.tex"): check_asked(tmp_path / "home", {}, asked)
 
 
+def test_a_run_begun_under_the_mark_alone_goes_on_with_the_same_reason(tmp_path):
+    from biomamba.recipe import deciding
+    run = Run(tmp_path / "run", {"recipe": deciding(recipe("tiny")), "corpus": "x"}, "MIMIC-IV-Note; ward 7")
+    assert check_asked(run.folder, {"notes": "ward 7"}, recipe("tiny")) == {}
+    with pytest.raises(UserError, match="restricted"): check_asked(run.folder, {"notes": "ward 8"}, recipe("tiny"))
+
+
+def test_the_ablation_refuses_a_late_restriction_at_once(tmp_path, monkeypatch):
+    from biomamba.ablation import budget_recipe
+    from biomamba.cli import run_notebook
+    from biomamba.recipe import deciding
+    monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
+    run = Run(tmp_path / "run", {"recipe": deciding(budget_recipe(recipe("tiny"), 10)), "corpus": "x"})
+    with pytest.raises(UserError, match="belongs to another run: restricted.c4 is None there"):
+        run_notebook("11b_mixture", {"run_dir": str(run.folder), "restricted": {"c4": "ward 7"}}, run.folder)
+    assert not (tmp_path / "cache").exists() and restricted(run.folder) is None
+
+
 @pytest.mark.slow
 def test_the_command_refuses_a_late_restriction_at_once(tmp_path):
     from biomamba.recipe import deciding

@@ -269,6 +269,14 @@ def test_too_few_configurations_are_refused(names, says):
         fit_mixture_law({n: dict.fromkeys(SOURCES, 2.0 + s["c4"]) for n, s in mixtures.items()}, mixtures)
 
 
+def test_the_ablation_refuses_too_few_and_none_at_all_before_anything_is_made(tmp_path, monkeypatch):
+    from biomamba.cli import run_notebook
+    monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
+    for asked, says in (({"configurations": "PubMed only; C4 only, 5%"}, "at least 6"), ({"steps": 0}, "steps=0 in the recipe"), ({"dial": "0.5 nan"}, "numbers from 0 to 1")):
+        with pytest.raises(UserError, match=says): run_notebook("11b_mixture", {"run_dir": str(tmp_path / "run"), **asked}, tmp_path / "run")
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
 def test_configurations_on_one_line_are_refused():
     mixtures = mixtures_asked({str(k): {"pubmed": 1 - k / 100, "c4": k / 100} for k in range(0, 30, 5)})
     with pytest.raises(UserError, match="one direction"):

@@ -27,7 +27,7 @@ from biomamba.mamba2 import mamba2_config, new_model
 from biomamba.plan import memory_parts
 from biomamba.processes import start_accelerator
 from biomamba.recipe import recipe
-from biomamba.runs import Recipe, Run, UserError
+from biomamba.runs import Recipe, Run, UserError, mark_restricted, read_metrics, wordless
 from biomamba.training import checkpoint_steps, identity_of, prepare_state, pretrain, tidy, with_device_batch
 
 HERE = Path(__file__).resolve().parent
@@ -207,12 +207,95 @@ def test_a_run_stopped_at_a_step_with_a_validation_resumes_with_the_validation(f
 
 # ---------------------------------------------------------------- disks and files
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_validation_whose_checkpoint_is_lost_is_logged_once(collection, base, whole, tmp_path, monkeypatch, times):
+    run = claimed(tmp_path / "run", SMALL, collection, base)
+    write = run.log
+    def log(**line):
+        write(**line)
+        if line["step"] == 4: signal.raise_signal(signal.SIGTERM)        # a step with a validation, which the next start makes
+    run.log = log
+    with pytest.raises(UserError, match="after step 4 of 8"):
+        pretrain(run, base, Corpus(collection, SMALL))
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    for _ in range(times):
+        with monkeypatch.context() as disk, pytest.raises(UserError, match="checkpoint of step 4 could not be written"):
+            disk.setattr(checkpointing, "save_file", full)
+            start(tmp_path / "run", SMALL, collection, base)
+    start(tmp_path / "run", SMALL, collection, base)
+    assert_identical(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    "A copy of the run that nothing disturbed, before its export."
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "training.json").unlink()
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("error", [SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), Exception("No space left on device (os error 28)")])
+def test_an_export_to_a_full_disk_is_one_sentence(collection, base, unfinished, whole, monkeypatch, error):
+    def full(*_, **__): raise error
+    with monkeypatch.context() as disk, pytest.raises(UserError, match="model could not be written .No space left on device.; the checkpoint of step 8 stands"):
+        disk.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+        start(unfinished, SMALL, collection, base)
+    start(unfinished, SMALL, collection, base)
+    assert_identical(whole, unfinished)
+
+
+@pytest.mark.parametrize("place", ["biomamba.runs.write_atomic", "biomamba.training.write_atomic", "filelock.FileLock.acquire"])
+def test_a_folder_that_may_not_be_written_is_one_sentence(collection, base, tmp_path, monkeypatch, place):
+    def closed(*_, **__): raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+    monkeypatch.setattr(place, closed)
+    with pytest.raises(UserError, match="could not be written .Read-only file system."):
+        start(tmp_path / "run", SMALL, collection, base)
+
+
 def test_a_checkpoint_between_two_renames_is_put_back(tmp_path):
     for name in (".step-0000003.ab/old", ".step-0000003.ab/content", ".step-0000002.cd/old", "step-0000002", ".step-0000001.ef/content"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "state").write_text(name)
     tidy(tmp_path)
     assert {f.name: (f / "state").read_text() for f in tmp_path.iterdir()} == {"step-0000003": ".step-0000003.ab/old", "step-0000002": "step-0000002"}
+
+
+def test_what_a_killed_export_left_is_removed(collection, base, unfinished):
+    (unfinished / ".model.ab12" / "content").mkdir(parents=True)
+    start(unfinished, SMALL, collection, base)
+    assert not list(unfinished.glob(".model*")) and (unfinished / "model" / "model.safetensors").is_file()
+
+
+def test_a_copy_beside_the_checkpoints_is_none(collection, base, unfinished):
+    shutil.copytree(unfinished / "checkpoints" / "step-0000008", unfinished / "checkpoints" / "step-0000008-copy")
+    run, summary = start(unfinished, SMALL, collection, base)
+    assert checkpoint_steps(run) == [6, 8] and summary["steps"] == 8
+
+
+@pytest.mark.parametrize("sums", ["{}", "[]", '{"state.safetensors": "0"}', "\0"])
+def test_sums_that_are_none_are_no_checkpoint(collection, base, unfinished, whole, sums):
+    (unfinished / "checkpoints" / "step-0000008" / "checksums.json").write_text(sums)
+    run, _ = start(unfinished, SMALL, collection, base)
+    assert (run / "checkpoints" / "damaged-step-0000008").is_dir()
+    assert_identical(whole, unfinished)
+
+
+@pytest.mark.parametrize("harm, lost", [(lambda lines: [*lines, b"\0\0\0\n"], 0), (lambda lines: [*lines, b"\n", b"[1]\n", b'{"step": 9, "lo'], 0), (lambda lines: [*lines[:3], b"\xff\xfe\n", *lines[4:]], 0),
+                                        (lambda lines: [*lines[:4], b"nothing\n", *lines[5:]], 1), (lambda lines: [], 8)])
+def test_a_damaged_log_costs_no_checkpoint_and_is_said(collection, base, unfinished, caplog, harm, lost):
+    log = unfinished / "metrics.jsonl"
+    log.write_bytes(b"".join(harm(log.read_bytes().splitlines(keepends=True))))
+    run, summary = start(unfinished, SMALL, collection, base)
+    said = [record.getMessage() for record in caplog.records if "has lost" in record.getMessage()]
+    assert summary["steps"] == 8 and len(losses(run)) == 8 - lost and [f"has lost {lost} of 8 steps" in sentence for sentence in said] == [True] * (lost > 0)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "training.json", "results.json"])
+def test_a_damaged_file_of_a_run_is_named(collection, base, whole, tmp_path, name):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text('{"steps": ')
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        start(tmp_path / "copy", SMALL, collection, base)[0].results
 
 
 def test_a_file_that_may_not_grow_is_one_sentence_and_the_run_resumes(forked, collection, base, whole, tmp_path):
@@ -302,6 +385,25 @@ def test_steps_that_are_not_finite_name_their_documents(collection, base, tmp_pa
     assert [line["non_finite"] for line in skipped] == [1, 2, 3] and all(len(line["documents"]) == 6 and line["loss"] is None for line in skipped)
     source, name = skipped[-1]["documents"][0].split(" ", 1)
     assert name in collection.documents("train", source).ids and f"{source} {name}" in str(caught.value)
+
+
+def test_a_restricted_run_names_them_without_a_blank(collection, base, tmp_path):
+    wild = dataclasses.replace(SMALL, learning_rate=1e18, clip=1e18, warmup_ratio=0.0, steps=30, evaluations=1)
+    mark_restricted(claimed(tmp_path / "wild", wild, collection, base).folder, "ward 7")
+    with pytest.raises(UserError, match="3 optimizer steps in a row .* with the documents [a-z0-9]+/[^ ]+, "):
+        start(tmp_path / "wild", wild, collection, base)
+    named = [name for line in read_metrics(tmp_path / "wild") for name in line.get("documents", [])]
+    assert len(named) == 18 and all("/" in name and wordless(name) for name in named)
+    assert wordless({"validation_loss": {"ward notes": 1.0}}) and not wordless({"said": "He felt well."})
+
+
+@pytest.mark.parametrize("step, source, accepted", [(0, "c4", "another base model"), (4, "selection", "a lower learning_rate"), (4, "wikipedia", "a lower learning_rate")])
+def test_a_validation_that_is_not_finite_is_named(collection, base, tmp_path, monkeypatch, step, source, accepted):
+    steps = iter((0, 2, 4))
+    monkeypatch.setattr("biomamba.training.validation_losses", lambda *_: dict.fromkeys(("selection", "pubmed", "c4", "wikipedia"), 5.0) | ({source: float("nan")} if next(steps) == step else {}))
+    with pytest.raises(UserError, match=rf"validation loss at step {step} is nan .{source}.; {accepted}"):
+        start(tmp_path / "run", SMALL, collection, base)
+    assert checkpoint_steps(claimed(tmp_path / "run", SMALL, collection, base)) == [0, 2][: step // 2]
 
 
 def test_early_stopping_waits_for_so_many_validations(collection, base, tmp_path):
