@@ -447,9 +447,9 @@ def load_tokenizer(
 # %% ../nbs/06c_checkpoints.ipynb #e5920990
 @contextlib.contextmanager
 def _as_python_says(folder: Path):
-    "What libraries in Rust say of a disk, as an `OSError`."
+    "What safetensors says of a disk, as an `OSError`."
     try: yield
-    except Exception as error:      # tokenizers knows no narrower one
+    except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None: raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
@@ -469,6 +469,7 @@ def save_model(
     if reason: model.config.restricted = reason
     with folder_atomic(resolve(folder)) as inside, _as_python_says(resolve(folder)):
         model.save_pretrained(inside)
+        (inside / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")  # so that a full disk is an `OSError`: tokenizers would raise Exception
         tokenizer.save_pretrained(inside)
         if reason: write_atomic(inside / "README.md", f"# A restricted model\n{sensitive_section(reason)}")
 

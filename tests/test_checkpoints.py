@@ -338,7 +338,7 @@ def test_a_generation_config_without_sense_is_refused(hf, text, part):
 @pytest.mark.parametrize("content,part", [(b"", "not JSON"), (b"{}", "it has no model"), (b"\xff\xfe\x00", "not JSON"), (b'{"model": 3}', "it has no model"),
                                           (b'{"model": {}}', "holds no tokenizer that works"), (b'{"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}', "holds no tokenizer that works"),
                                           (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "tokenizer.json is JSON, but .*out of vocabulary"),
-                                          (b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}', "holds no tokenizer that works")])
+                                          (b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}', "they must be 0 and 1")])
 def test_a_tokenizer_without_sense_is_refused(tmp_path, content, part):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=part): load_tokenizer(tmp_path)
