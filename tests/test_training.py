@@ -234,7 +234,7 @@ def unfinished(whole, tmp_path):
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("error", [SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("error", [SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space left on device", "run/model")])
 def test_an_export_to_a_full_disk_is_one_sentence(collection, base, unfinished, whole, monkeypatch, error):
     def full(*_, **__): raise error
     with monkeypatch.context() as disk, pytest.raises(UserError, match="model could not be written .No space left on device.; the checkpoint of step 8 stands"):
