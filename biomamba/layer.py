@@ -17,7 +17,7 @@ from .chunks import cut, reaches
 from .conv import conv_backward, conv_forward
 from .loops import by_loops, differentiable_once, product_dtype, untouched
 from .norm import norm_backward, norm_forward
-from .ssd import Kept, scan_backward, scan_forward, step_sizes
+from .ssd import Kept, by_pieces, scan_backward, scan_forward, step_sizes
 from .tile_products import fits_products, input_gradient, project, weight_gradient
 from .transpose import matmul, transposed
 
@@ -138,9 +138,9 @@ def _step_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # of dt, bias and A
     "What step sizes and log decays give back."
     z, (least, most) = dt.to(bias.dtype) + bias, shape.limit
-    dz = torch.addcmul(dsteps, ddecays, A) * torch.sigmoid(z)
+    dz = torch.addcmul(dsteps, ddecays, A) * by_pieces(torch.sigmoid, z)
     if (least, most) != (0.0, float("inf")):
-        free = F.softplus(z)
+        free = by_pieces(F.softplus, z)
         dz = dz.masked_fill((free < least) | (free > most), 0.0)
     return dz, dz.sum((0, 1)), (ddecays * steps).sum((0, 1))
 

@@ -167,3 +167,31 @@ def test_a_product_under_autocast_keeps_its_weight_as_it_is():
     assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     torch.testing.assert_close(y.float(), x.float() @ w.bfloat16().float().T, rtol=0.02, atol=0.02)
     torch.testing.assert_close(dw, x.float().sum(0).expand(6, -1), rtol=0.02, atol=0.02)
+
+
+def on_threads(number, f, *inputs):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try: return f(*inputs)
+    finally: torch.set_num_threads(before)
+
+
+def test_step_sizes_have_the_same_bits_on_any_number_of_threads():
+    "Beyond 32,768 numbers PyTorch shares out what it does to each, and computes the ends of shares by other code."
+    g, sizes = torch.Generator().manual_seed(1), lambda dt: ssd.step_sizes(dt, dt_softplus=True)
+    for T in range(3301, 3401):
+        dt = torch.randn(1, T, 10, generator=g)
+        for f in (sizes, lambda z: ssd.by_pieces(torch.sigmoid, z)):
+            one = on_threads(1, f, dt)
+            for number in (2, 3): assert torch.equal(on_threads(number, f, dt), one)
+
+
+def test_a_long_row_has_the_same_bits_on_any_number_of_threads():
+    c = recipe("tiny")
+    model, g = new_model(mamba2_config(c), seed=0), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn(p.shape, generator=g) * 0.02)
+    ids = torch.randint(2, c.vocabulary, (1, 3282), generator=g)
+    gradients = lambda: torch.autograd.grad(model(input_ids=ids, labels=ids).loss, list(model.parameters()))
+    one = on_threads(1, gradients)
+    for number in (2, 3): assert all(map(torch.equal, on_threads(number, gradients), one))
