@@ -162,8 +162,8 @@ def read_manifest(
     "The manifest of a collection; `UserError` where there is none, one of another format, or one that is not as it was written."
     path = folder / "manifest.json"
     if not path.is_file(): raise UserError(f"{folder} holds no corpus (no manifest.json); a folder that `biomamba corpus` made is accepted")
-    try: manifest = json.loads(path.read_bytes())
-    except ValueError: manifest = {"format": FORMAT}
+    try: manifest: dict[str, Any] = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError): manifest = {"format": FORMAT}
     if manifest.get("format") != FORMAT: raise UserError(f"{folder} is a corpus of format {manifest.get('format')}; format {FORMAT} is accepted: build it again")
     named = {key: value for key, value in manifest.items() if key not in ("fingerprint", "key", "code", "files")}
     described = all(about.keys() == {"bytes", "sha256"} for about in manifest.get("files", {}).values())

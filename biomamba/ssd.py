@@ -460,10 +460,7 @@ class LoopScan(torch.autograd.Function):
 # %% ../nbs/06a_ssd.ipynb #c7d02f94
 PIECE = 1 << 14  # numbers, too few for PyTorch to share out among threads
 
-def by_pieces(
-    f: Callable[[Tensor], Tensor],  # of each number by itself
-    v: Tensor,
-) -> Tensor:
+def by_pieces(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:  # f: of each number by itself
     "The same digits on any number of threads: where PyTorch shares numbers out, it computes the ends of shares by other code."
     if v.is_cuda or v.numel() <= PIECE: return f(v)
     return torch.cat([f(piece) for piece in v.flatten().split(PIECE)]).view(v.shape)
