@@ -166,7 +166,7 @@ def read_manifest(
     except (ValueError, TypeError): manifest = {"format": FORMAT}
     if manifest.get("format") != FORMAT: raise UserError(f"{folder} is a corpus of format {manifest.get('format')}; format {FORMAT} is accepted: build it again")
     named = {key: value for key, value in manifest.items() if key not in ("fingerprint", "key", "code", "files")}
-    described = all(about.keys() == {"bytes", "sha256"} for about in manifest.get("files", {}).values())
+    described = all(about.keys() == {"bytes", "sha256"} for about in manifest.get("files", {"": {}}).values())
     if manifest.get("fingerprint") != fingerprint(named) or not described: raise UserError(f"{path} is damaged; the folder as it was built is accepted: build it again")
     return manifest
 

@@ -167,8 +167,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 
 
 def test_a_name_that_is_no_unicode_is_one_sentence(tmp_path):
-    try: write(tmp_path / os.fsdecode(b"\xff.jsonl"), '{"text": "x"}')
-    except OSError: pytest.skip("this file system has no such names")
+    write(tmp_path / os.fsdecode(b"\xff.jsonl"), '{"text": "x"}')
     for call in (file_hashes, lambda folder: read_documents(folder, "s")): assert "'\\udcff.jsonl'" in refusal(lambda: call(tmp_path)).replace(f"{tmp_path}/", "")
 
 
